@@ -1,0 +1,1 @@
+"""The Lightning callback: when to checkpoint, from where to restore."""

@@ -1,0 +1,100 @@
+"""Exact resumption of data loaders in mid-epoch.
+
+Lightning saves the state of loaders that have ``state_dict`` and ``load_state_dict``, and restarts all others at their
+first batch. `make_resumable` gives ordinary map-style loaders these two methods, and corrects those of loaders that
+have them already for the batch that Lightning has fetched but not trained on yet when the state is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_gemini.callbacks.resumable_loader import (
+    Resumable,
+    ResumableDataLoader,
+    ResumableStateful,
+    StatefulProxy,
+    swap_class,
+)
+
+__all__ = ["batches_in_flight", "exactness_warning", "make_resumable"]
+
+
+def make_resumable(loader: object, in_flight: Callable[[], int]) -> object:
+    """Makes a loader's position part of checkpoints, exact to the batch and to the random number.
+
+    The loader stays the same object; its class becomes a subclass of what it was. (A loader whose class cannot be
+    swapped comes back inside a proxy.) A loader that cannot be resumed comes back as it is, and `exactness_warning`
+    says why.
+
+    ``state_dict()`` describes the position before the last ``in_flight()`` fetches; after ``load_state_dict`` and
+    ``iter`` the next batch is the first of those, its random numbers are the same, and what was delivered before is
+    not loaded again. An epoch that had been delivered in full resumes as one that is exhausted: its iterator stops at
+    once, and the next ``iter`` begins the next epoch.
+
+    What cannot be told from outside, and is not exact: random numbers which a data set draws *inside worker processes*
+    (workers start anew from the epoch's base seed, so augmentations after a resume in mid-epoch differ; the samples and
+    their order do not); and samplers which draw from a global generator again and again during the epoch (all of
+    torch's draw when the epoch begins, or from a generator of their own).
+
+    Args:
+        loader: a `DataLoader`, or any other iterable.
+        in_flight: how many batches have been fetched but not processed, e.g. `batches_in_flight` of the trainer.
+    """
+    if isinstance(loader, Resumable | StatefulProxy):
+        loader._gemini_tracker.in_flight = in_flight
+        return loader
+    if _has_state(loader):
+        return swap_class(loader, ResumableStateful, in_flight) or StatefulProxy(loader, in_flight)
+    if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
+        return swap_class(loader, ResumableDataLoader, in_flight) or loader
+    return loader
+
+
+def exactness_warning(loader: object) -> str | None:
+    """Says why a loader cannot be resumed exactly and what to do about it; None for one that can.
+
+    It sees only what the loader is, not what its data set and samplers do (see `make_resumable`).
+    """
+    name = type(loader).__name__
+    if getattr(loader, "num_workers", 0) and not getattr(loader, "in_order", True):
+        return (
+            f"{name} with in_order=False delivers batches as its workers finish them, so a run that resumes in"
+            " mid-epoch may see some batches twice and miss others. Use in_order=True."
+        )
+    if _has_state(loader):
+        return None
+    if not isinstance(loader, DataLoader):
+        return (
+            f"the train loader of type {name} has no state_dict and load_state_dict, so a run that resumes in mid-epoch"
+            " starts it at its first batch. Use a DataLoader with a map-style data set, or give it these two methods."
+        )
+    if isinstance(loader.dataset, IterableDataset):
+        return (
+            f"{name} over the iterable-style data set {type(loader.dataset).__name__} cannot tell its position, so a"
+            " run that resumes in mid-epoch starts it at its first batch. Use torchdata's StatefulDataLoader and give"
+            " the data set state_dict and load_state_dict, or use a map-style data set."
+        )
+    return None
+
+
+def batches_in_flight(trainer: Any) -> int:
+    """Counts the batches that a trainer's fit loop has fetched but not processed.
+
+    It holds from ``on_train_batch_start`` of one batch to the next fetch. Fetches that Lightning makes in advance to
+    recognise the last batch of a loader without length are counted too.
+    """
+    from lightning.pytorch.loops import fetchers
+
+    fetcher = trainer.fit_loop._data_fetcher
+    if isinstance(fetcher, fetchers._DataLoaderIterDataFetcher):
+        return 0  # training_step(dataloader_iter) fetches for itself
+    current = trainer.fit_loop.epoch_loop.batch_progress.current
+    return max(0, int(current.ready - current.processed)) + len(getattr(fetcher, "batches", ()))
+
+
+def _has_state(loader: object) -> bool:
+    return all(callable(getattr(loader, name, None)) for name in ("state_dict", "load_state_dict", "__iter__"))

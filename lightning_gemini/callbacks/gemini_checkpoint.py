@@ -1,0 +1,142 @@
+"""The callback that says when a version is taken, and puts the loops and random numbers back where they were."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_gemini.callbacks.publisher import VersionPublisher
+from lightning_gemini.callbacks.training_random import capture_random, restore_random
+from lightning_gemini.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_gemini.callbacks.job_state import JobState
+    from lightning_gemini.strategies.gemini import GeminiStrategy
+
+log = logging.getLogger(__name__)
+
+
+class GeminiCheckpoint(Checkpoint):
+    """Takes a version after every optimizer step (or every ``checkpoint_every``).
+
+    A version of step k is taken when the batch after it starts: by then every hook, validation and epoch end that belongs to
+    step k is over, so that a resumed run repeats nothing and misses nothing. The strategy adds this callback by itself.
+    """
+
+    def __init__(self) -> None:
+        self._publisher: VersionPublisher | None = None
+        self._resume: dict[str, Any] | None = None
+        self._settled_step = 0
+        self._last_persist = time.monotonic()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse other strategies."""
+        if not hasattr(trainer.strategy, "job_state"):
+            raise ConfigurationError(
+                f"GeminiCheckpoint needs Trainer(strategy='gemini'), found {type(trainer.strategy).__name__}"
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make room in memory, before the first step."""
+        state = _strategy(trainer).job_state
+        if state is None:
+            return
+        found = state.found
+        self._resume = {"random": found.volatile["random"], "loops": found.volatile["lightning"]["loops"]} if found else None
+        self._settled_step = state.zero.step
+        self._publisher = state.open(_lightning_state(trainer))
+        self._last_persist = time.monotonic()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """All that belongs to the last optimizer step is over: commit its predecessor and publish it."""
+        state = _strategy(trainer).job_state
+        if state is None or self._publisher is None:
+            return
+        if self._resume is not None:
+            resume, self._resume = self._resume, None
+            _restore_progress(trainer, resume["loops"])
+            restore_random(resume["random"])
+        step = state.zero.step
+        newest = self._publisher.newest
+        if step == self._settled_step and newest is not None:
+            return
+        if not state.zero.at_boundary:
+            return
+        self._settled_step = step
+        self._publisher.settle()
+        self._persist_if_due(state)
+        if step % state.config.checkpoint_every == 0 and (newest is None or step != newest.version) and self._publisher.ready(step):
+            self._publish(trainer, state, step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Tell the agent how far this rank is."""
+        state = _strategy(trainer).job_state
+        if state is not None and self._publisher is not None:
+            state.slab.buffers[0].report_progress(state.zero.step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The job's result is the user's now; memory may go."""
+        state = _strategy(trainer).job_state
+        if state is not None:
+            state.finished = True
+
+    def _publish(self, trainer: pl.Trainer, state: JobState, step: int) -> None:
+        assert self._publisher is not None
+        began = time.perf_counter()
+        try:
+            layout = state.lay_out(_lightning_state(trainer), {"random": capture_random()})
+        except Exception as error:  # a user's hook, an object that cannot be pickled: training must go on
+            log.warning("version %d cannot be taken: %s", step, error, exc_info=True)
+            layout = None
+        self._publisher.publish(step, layout, began)
+
+    def _persist_if_due(self, state: JobState) -> None:
+        assert self._publisher is not None
+        store = state.persister
+        if store is None:
+            return
+        if self._publisher.persist_wished:
+            self._publisher.persist_wished = False
+            self._last_persist = time.monotonic()
+            buffer, version = self._publisher.committed_buffer(), self._publisher.committed
+            if buffer is not None and version is not None:
+                store.start(buffer, version)
+        due = time.monotonic() - self._last_persist >= state.config.persist_every_s
+        if due and state.identity.global_rank == 0 and not store.busy:
+            self._publisher.wish_persist()
+
+
+def _strategy(trainer: pl.Trainer) -> GeminiStrategy:
+    return trainer.strategy  # type: ignore[return-value]
+
+
+def _lightning_state(trainer: pl.Trainer) -> dict[str, Any]:
+    """Lightning's own checkpoint dictionary, without what the engine keeps."""
+    strategy = _strategy(trainer)
+    strategy._snapshotting = True
+    try:
+        state: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+    finally:
+        strategy._snapshotting = False
+    return {key: value for key, value in state.items() if key not in ("state_dict", "optimizer_states")}
+
+
+def _restore_progress(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
+    """Put every counter back to what it was at this very moment of the batch.
+
+    Lightning's own restart repairs counters for checkpoints taken elsewhere (``on_train_batch_end``), and leaves some of
+    them, and schedulers of the resumed epoch, one off.
+    """
+    fit_loop = trainer.fit_loop
+    fit_loop.load_state_dict(loops["fit_loop"])
+    fit_loop._combined_loader_states_to_load = []  # the loaders are there already
+    fit_loop.restarting = False

@@ -1,0 +1,270 @@
+"""The state of a training job on one rank: found in a tier, restored into the engine, captured for the next version."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_gemini.callbacks.peer_memory import PeerMemory, RestoredShard
+from lightning_gemini.callbacks.publisher import VersionPublisher
+from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity
+from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.controlplane import standalone
+from lightning_gemini.controlplane.events import EventLog, append_line
+from lightning_gemini.core.recovery import Tier
+from lightning_gemini.dataplane import persister, shard
+from lightning_gemini.dataplane.persister import Persister
+from lightning_gemini.dataplane.shard import Layout
+from lightning_gemini.dataplane.snapshot import Snapshotter
+from lightning_gemini.errors import GeminiError, LayoutMismatchError, PersistError
+from lightning_gemini.strategies.zero_state import ZeroState
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+log = logging.getLogger(__name__)
+
+_fits = 0  # Trainer.fit calls of this process: a script may train several models in turn
+
+
+class JobState:
+    """Ties the engine's state to the tiers.
+
+    Args:
+        config: The strategy's settings.
+        engine: The initialised engine.
+        identity: This rank's place.
+        root_dir: The Trainer's ``default_root_dir``.
+
+    Raises:
+        GeminiError: A setting is impossible, or the agent cannot be used; before training starts.
+    """
+
+    def __init__(self, config: CheckpointConfig, engine: DeepSpeedEngine, identity: RankIdentity, root_dir: str) -> None:
+        global _fits
+        self.fit, _fits = _fits, _fits + 1
+        self.config, self.identity = config, identity
+        self.group = RankGroup()
+        self.events = EventLog.from_environment()
+        self.memory = PeerMemory(config, identity, self.group)
+        self.zero = ZeroState(engine)
+        self.found: RestoredShard | None = None
+        self.module_state: dict[str, Any] = {}
+        self.persister = self._make_persister(root_dir)
+        self.finished = False
+        self._device = engine.device
+        self._publisher: VersionPublisher | None = None
+        self._snapshotter: Snapshotter | None = None
+
+    @property
+    def is_restart(self) -> bool:
+        """Whether a launcher restarted this run, rather than a person typing its command again."""
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+    # -- restore -----------------------------------------------------------------------------------------------------
+
+    def find(self) -> dict[str, Any] | None:
+        """Look in memory, then in the persistent tier. Collective.
+
+        Returns:
+            What Lightning restores from; ``None`` to start fresh.
+
+        Raises:
+            LayoutMismatchError: The stored state belongs to another model; memory keeps it.
+        """
+        try:
+            self.memory.connect()
+            self.found = self.memory.find() or self._find_persistent()
+            if self.found is not None:
+                self._require_fit(self.found)
+        except GeminiError as error:
+            self._tell_agent(error)
+            raise
+        if self.found is not None and self.found.volatile["fit"] != self.fit:
+            if self.identity.global_rank == 0:
+                log.warning("memory holds call %d of Trainer.fit, this is call %d: starting this one from its beginning",
+                            self.found.volatile["fit"] + 1, self.fit + 1)
+            self.found = None
+        if self.found is None:
+            self.memory.resume_from(None)
+            return None
+        checkpoint: dict[str, Any] = self.found.volatile["lightning"]
+        return checkpoint
+
+    def restore(self) -> None:
+        """Load the found shard into the engine. Collective."""
+        found = self.found
+        assert found is not None
+        began = time.monotonic()
+        self.zero.restore(found.stable, found.volatile)
+        self.memory.resume_from(found.id)
+        seconds = found.seconds + time.monotonic() - began
+        self.events.append("restored", version=found.version, tier=str(found.tier.value), seconds=seconds)
+        if self.identity.global_rank == 0:
+            log.warning("resumed from version %d (%s) in %.2f s", found.version, found.tier.value, seconds)
+
+    def decline(self) -> None:
+        """The user's own checkpoint is loaded instead; memory keeps its version until a newer one is committed."""
+        found, self.found = self.found, None
+        self.memory.resume_from(found.id if found else None)
+
+    def _require_fit(self, found: RestoredShard) -> None:
+        error: LayoutMismatchError | None = None
+        try:
+            self.zero.check(found.stable)
+        except LayoutMismatchError as mismatch:
+            error = mismatch
+        errors = [failure for failure in self.group.gather(error) if failure is not None]
+        if errors:
+            raise error or errors[0]
+
+    def _find_persistent(self) -> RestoredShard | None:
+        store = self.persister
+        if store is None:
+            return None
+        began = time.monotonic()
+        directory = store.directory
+        candidates = self.group.from_first(
+            [] if persister.is_finished(directory) else [path.name for _, path in persister.checkpoints(directory)]
+        )
+        for name in candidates:
+            found = self._read_persistent(directory / name, began)
+            if all(self.group.gather(found is not None)):
+                return found
+        return None
+
+    def _read_persistent(self, path: Path, began: float) -> RestoredShard | None:
+        rank = self.identity.global_rank
+        try:
+            stable, volatile, world_size = persister.load(path, rank, partitioned=self.zero.partitioned)
+        except PersistError as error:
+            log.warning("%s; trying an older one", error)
+            return None
+        here = self.identity.machines * self.identity.nproc_per_machine
+        if world_size != here:
+            raise LayoutMismatchError(
+                f"the persistent checkpoint {path} was written by {world_size} ranks, this run has {here}: use as many, "
+                "convert it (DeepSpeed Universal Checkpointing), or choose another persist_dir"
+            )
+        version = int(volatile["counters"]["global_steps"])
+        return RestoredShard(version, None, Tier.PERSISTENT, stable, volatile, time.monotonic() - began)
+
+    def _tell_agent(self, error: GeminiError) -> None:
+        try:
+            if self.memory.launched:
+                self.memory.client.fatal(str(error))
+        except (GeminiError, AssertionError):
+            log.debug("the agent could not be told", exc_info=True)
+
+    # -- publish -----------------------------------------------------------------------------------------------------
+
+    def open(self, lightning_state: dict[str, Any]) -> VersionPublisher:
+        """Map the slab and get ready to publish. Collective.
+
+        Raises:
+            CapacityError: The machine has not enough memory; before training starts.
+        """
+        try:
+            slab = self.memory.attach(self._expected_bytes(lightning_state))
+        except GeminiError as error:
+            self._tell_agent(error)
+            raise
+        self._snapshotter = Snapshotter(self.memory.client.notify, self._device)
+        self._snapshotter.start()
+        self._publisher = VersionPublisher(
+            slab,
+            self._snapshotter,
+            self.group,
+            self.memory.generation,
+            replicated=self.memory.replicas > 1,
+            commit_wait_s=self.config.commit_wait_s,
+            resumed=self.found.id if self.found else None,
+            record=_cost_log(self.identity.global_rank),
+        )
+        self.slab = slab
+        self.found = None  # frees the restored tensors
+        self.zero.base_optimizer.register_step_pre_hook(self._publisher.before_step)
+        return self._publisher
+
+    def lay_out(self, lightning_state: dict[str, Any], extra: dict[str, Any]) -> Layout:
+        """Plan the shard of the state as it is now.
+
+        Args:
+            lightning_state: Lightning's checkpoint dictionary, without weights and optimizer states.
+            extra: What else must travel: random state.
+        """
+        stable, volatile = self.zero.capture(self.module_state)
+        return shard.lay_out(stable, {**volatile, **extra, "lightning": lightning_state, "fit": self.fit})
+
+    def _expected_bytes(self, lightning_state: dict[str, Any]) -> int:
+        """The first version may lack optimizer moments that the first step will create: two more copies of the weights."""
+        layout = self.lay_out(lightning_state, {})
+        state = self.zero.base_optimizer.state
+        missing = 0 if state else 2 * self.zero.master_bytes
+        return layout.total_bytes + missing + (1 << 20)
+
+    def close(self) -> None:
+        """Let go of everything; the agent keeps the memory unless the job is finished."""
+        if self._publisher is not None:
+            self._publisher.drain()
+        if self._snapshotter is not None:
+            self._snapshotter.close()
+        if self.persister is not None:
+            self.persister.close()
+            if self.finished:
+                self.persister.mark_finished()
+        self.memory.close(finished=self.finished)
+
+    def _make_persister(self, root_dir: str) -> Persister | None:
+        if not self.config.persist_every_s:
+            return None
+        explicit = self.config.persist_dir
+        if explicit is not None:
+            error: PersistError | None = None
+            try:
+                if self.identity.local_rank == 0:
+                    persister.probe(explicit)
+            except PersistError as failure:
+                error = failure
+            failures = [failure for failure in self.group.gather(error) if failure is not None]
+            if failures:
+                raise error or failures[0]
+        directory = explicit or self.group.from_first(_default_directory(root_dir))
+        world_size = self.identity.machines * self.identity.nproc_per_machine
+        return Persister(
+            Path(directory), self.identity.global_rank, world_size, _deepspeed_files, _recovery_scripts()
+        )
+
+
+def _cost_log(rank: int) -> Callable[[dict[str, Any]], None]:
+    """Writes one line a version to ``<run dir>/stats``, if there is a run directory."""
+    run_dir = os.environ.get("LIGHTNING_GEMINI_RUN_DIR")
+    if run_dir is None:
+        return lambda costs: None
+    path = Path(run_dir) / "stats" / f"rank{rank}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    return lambda costs: append_line(path, json.dumps({"time": time.time(), **costs}))
+
+
+def _default_directory(root_dir: str) -> Path:
+    run_dir = os.environ.get("LIGHTNING_GEMINI_RUN_DIR")
+    if run_dir:
+        return Path(run_dir) / "persistent"
+    return Path(root_dir).resolve() / "gemini" / standalone.job_id(sys.argv, os.getcwd())
+
+
+def _deepspeed_files(stable: dict[str, Any], volatile: dict[str, Any]) -> dict[str, Any]:
+    return ZeroState.files(stable, volatile, volatile["lightning"])
+
+
+def _recovery_scripts() -> tuple[Path, ...]:
+    import deepspeed
+
+    folder = Path(deepspeed.__file__).parent / "utils"
+    return tuple(path for name in ("zero_to_fp32.py",) if (path := folder / name).exists())

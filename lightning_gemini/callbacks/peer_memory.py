@@ -1,0 +1,241 @@
+"""One rank's view of the cluster's memory: its agent, the version that everybody can restore, and its own slab."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity, bind_host
+from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.controlplane import standalone
+from lightning_gemini.controlplane.agent_client import AgentClient
+from lightning_gemini.core.placement import Placement, plan_placement
+from lightning_gemini.core.recovery import (
+    Inventory,
+    RecoveryPlan,
+    Tier,
+    VersionId,
+    inventory_from_json,
+    plan_recovery,
+)
+from lightning_gemini.dataplane import shard
+from lightning_gemini.dataplane.slab import Slab
+from lightning_gemini.errors import GeminiError, IntegrityError, LayoutMismatchError
+
+log = logging.getLogger(__name__)
+
+AGENT_VARIABLE = "LIGHTNING_GEMINI_AGENT"
+GENERATION_VARIABLE = "LIGHTNING_GEMINI_GENERATION"
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredShard:
+    """A rank's state as it was found.
+
+    Attributes:
+        version: The optimizer step whose outcome it is.
+        id: Its id in memory; ``None`` from the persistent tier.
+        tier: Where it came from.
+        stable: Tensors of the ZeRO state.
+        volatile: The rest.
+        seconds: Time from the first question to the last verified byte.
+    """
+
+    version: int
+    id: VersionId | None
+    tier: Tier
+    stable: dict[str, Any]
+    volatile: dict[str, Any]
+    seconds: float
+
+
+class PeerMemory:
+    """The in-memory tiers, as one rank uses them.
+
+    Args:
+        config: The strategy's settings.
+        identity: This rank's place.
+        group: All ranks.
+    """
+
+    def __init__(self, config: CheckpointConfig, identity: RankIdentity, group: RankGroup) -> None:
+        self._config, self.identity, self._group = config, identity, group
+        self.replicas = config.replicas_for(identity.machines)
+        self.placement: Placement = plan_placement(identity.machines, self.replicas, config.placement)
+        self.generation = 0
+        self.launched = AGENT_VARIABLE in os.environ  # by `lightning-gemini run`, which also ends the agent
+        self._client: AgentClient | None = None
+        self._corrupt: set[tuple[int, int, VersionId]] = set()  # (owner, machine, version)
+
+    @property
+    def client(self) -> AgentClient:
+        """The connection to this machine's agent."""
+        assert self._client is not None
+        return self._client
+
+    # -- coming together -----------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        """Find this machine's agent, or start it, and make all agents know each other.
+
+        Raises:
+            AgentError: The agent is missing, of another job or of another version.
+            LayoutMismatchError: Memory holds a job of another shape.
+        """
+        self._together(self._connect_agent)
+        self._together(self._introduce_agents)
+        self._together(self._join)
+
+    def _connect_agent(self) -> None:
+        if self.launched:
+            self._client = AgentClient(Path(os.environ[AGENT_VARIABLE]), os.environ["LIGHTNING_GEMINI_JOB"])
+            self.generation = int(os.environ[GENERATION_VARIABLE])
+            return
+        job = self._group.from_first(standalone.job_id(sys.argv, os.getcwd()))
+        if self.identity.local_rank == 0:
+            host = bind_host(self.identity.machines)
+            self._client = standalone.find_or_start(job, self.identity.machine, host, self._config.idle_timeout_s)
+        self._group.barrier()
+        if self._client is None:
+            self._client = AgentClient(standalone.socket_path(job, self.identity.machine), job)
+
+    def _introduce_agents(self) -> None:
+        if self.launched:  # the root has done it
+            return
+        agents = self._group.gather(self.client.identity)
+        self.generation = 1 + max(agent["generation"] for agent in agents)
+        if self.identity.local_rank == 0:
+            self.client.share_secret(agents[0]["secret"])
+            firsts = agents[:: self.identity.nproc_per_machine]
+            addresses = [(agent["address"][0], agent["address"][1]) for agent in firsts]
+            self.client.set_peers(self.generation, self.identity.nproc_per_machine, addresses)
+        self._group.barrier()
+
+    def _join(self) -> None:
+        self.client.join(self.identity.global_rank, self.replicas, self._config.placement)
+
+    def _together(self, action: Any) -> None:
+        """Do something on every rank; where it fails on one, fail on all, before anybody waits for the other."""
+        error: GeminiError | None = None
+        try:
+            action()
+        except GeminiError as failure:
+            error = failure
+        failures = [failure for failure in self._group.gather(error) if failure is not None]
+        if failures:
+            raise error or failures[0]
+
+    # -- going back ------------------------------------------------------------------------------------------------
+
+    def find(self) -> RestoredShard | None:
+        """Retrieve, verify and read the newest version that every rank can have from memory.
+
+        Collective. Corrupt copies are skipped: the next holder, then the next older version. Memory is not changed yet,
+        see :meth:`resume_from`.
+
+        Returns:
+            This rank's shard, or ``None`` where memory cannot serve.
+        """
+        began = time.monotonic()
+        while True:
+            inventories = self._inventories()
+            plan = plan_recovery(self.placement, self.identity.nproc_per_machine, inventories)
+            if plan.id is None:
+                self._explain(inventories, plan)
+                return None
+            state = self._try(plan)
+            if all(self._group.gather(state is not None)):
+                assert state is not None
+                tier = plan.tiers[self.identity.global_rank]
+                return RestoredShard(plan.id.version, plan.id, tier, *state, time.monotonic() - began)
+
+    def _inventories(self) -> list[Inventory]:
+        reports = self._group.gather((self.client.report(), self._corrupt))
+        self._corrupt = set().union(*(corrupt for _, corrupt in reports))
+        inventories = [inventory_from_json(report) for report, _ in reports[:: self.identity.nproc_per_machine]]
+        return [self._without_corrupt(inventory) for inventory in inventories]
+
+    def _without_corrupt(self, inventory: Inventory) -> Inventory:
+        sound = (h for h in inventory.holdings if (h.owner, inventory.machine, h.id) not in self._corrupt)
+        return Inventory(inventory.machine, tuple(sound))
+
+    def _try(self, plan: RecoveryPlan) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Bring this rank's shard here, verify and decode it; ``None`` (and remembered) where a copy proves bad."""
+        rank, version = self.identity.global_rank, plan.id
+        assert version is not None
+        source = self.identity.machine
+        try:
+            for fetch in (fetch for fetch in plan.fetches if fetch.owner == rank):
+                source = fetch.source
+                self.client.retrieve([fetch])
+            source = self.identity.machine
+            slab = self.client.attach_existing()
+            buffer = slab.holding(version) if slab else None
+            if buffer is None:
+                raise IntegrityError(f"version {version} of rank {rank} is not in memory any more")
+            buffer.verify()
+            return shard.read(buffer.data[: buffer.data_bytes])
+        except (IntegrityError, OSError) as error:
+            log.warning("rank %d: skipped the copy of %s on machine %d: %s", rank, version, source, error)
+            self._corrupt.add((rank, source, version))
+            if source == self.identity.machine:
+                self.client.discard(version)
+                # the owner's copy is gone for good; a fresh one may be fetched into its place
+                self._corrupt.discard((rank, source, version))
+            return None
+
+    def _explain(self, inventories: list[Inventory], plan: RecoveryPlan) -> None:
+        seen = {holding.id for inventory in inventories for holding in inventory.holdings}
+        if seen and self.identity.global_rank == 0:
+            lost = ", ".join(map(str, plan.missing[:8]))
+            log.warning(
+                "no complete version in memory: version %d lacks the shards of ranks %s; trying the persistent tier",
+                max(seen).version,
+                lost,
+            )
+
+    def resume_from(self, version: VersionId | None) -> None:
+        """Collective: every rank goes on from ``version``; memory forgets what is newer."""
+        if self.identity.local_rank == 0:
+            self.client.resume_from(version)
+        self._group.barrier()
+
+    # -- going on --------------------------------------------------------------------------------------------------
+
+    def attach(self, shard_bytes: int) -> Slab:
+        """Map this rank's slab for shards of about ``shard_bytes``.
+
+        Raises:
+            CapacityError: The machine has not enough memory; raised on every rank.
+        """
+        slabs: list[Slab] = []
+        self._together(lambda: slabs.append(self.client.attach(shard_bytes)))
+        return slabs[0]
+
+    def close(self, *, finished: bool) -> None:
+        """Hang up. When the job is finished and nobody else ends the agent, end it and free the memory."""
+        client, self._client = self._client, None
+        if client is None:
+            return
+        if finished and not self.launched:
+            self._group.barrier()
+            if self.identity.local_rank == 0:
+                client.stop()
+        client.close()
+
+
+def fatal(error: GeminiError, memory: PeerMemory | None) -> None:
+    """Tell the agent that this rank refuses to train, so that nobody restarts it in vain."""
+    if memory is not None and memory.launched and memory._client is not None:
+        try:
+            memory.client.fatal(str(error))
+        except GeminiError:
+            log.debug("the agent could not be told", exc_info=True)
+
+
+__all__ = ["LayoutMismatchError", "PeerMemory", "RestoredShard", "fatal"]

@@ -1,0 +1,340 @@
+"""Where the iterators of one loader are, and how to bring a new one to the same place.
+
+The order of an epoch's batches is drawn by the index sampler from random state at two moments: in ``iter(sampler)``
+and, by torch's own samplers, at the first index. The tracker records the random state at both and before every fetch,
+and on resume puts it back at each of these moments, whatever the process has drawn in between.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from lightning_gemini.callbacks.random_state import RandomSource, RandomState
+
+__all__ = ["CountedBatches", "Cursor", "Origin", "Position", "PositionTracker", "ReadInner", "TrackedSampler"]
+
+ReadInner = Callable[[], Any]
+_REMEMBERED_FETCHES = 4
+
+
+@dataclass(slots=True)
+class Origin:
+    """The random state that an epoch's order came from. None: that moment has not come (yet).
+
+    Attributes:
+        workers: whether worker processes load the batches, so that indices are drawn ahead of the fetches.
+        created: before the loader's own iterator was made, which draws the seed of the workers. None for persistent
+            workers that began another epoch.
+        iterated: before ``iter`` of the index sampler.
+        drawn: before the first index was drawn.
+    """
+
+    workers: bool
+    created: RandomState | None = None
+    iterated: RandomState | None = None
+    drawn: RandomState | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """A place between two batches.
+
+    Attributes:
+        origin: the epoch, filled in while its first batch is fetched.
+        delivered: batches of the epoch before this place.
+        fetch: random state when the next fetch (or the next epoch) begins.
+        next_epoch: the epoch is over (or none has begun), so that the next ``iter`` begins another.
+        inner: the loader's own state here, for a loader with state.
+    """
+
+    origin: Origin
+    delivered: int
+    fetch: RandomState
+    next_epoch: bool = False
+    inner: Any = None
+
+    def to_plain(self) -> dict[str, Any]:
+        """The position, without `inner`, in plain values."""
+        origin = self.origin
+        states = {"created": origin.created, "iterated": origin.iterated, "drawn": origin.drawn, "fetch": self.fetch}
+        plain = {name: state.to_plain() if state else None for name, state in states.items()}
+        return {"delivered": self.delivered, "next_epoch": self.next_epoch, "workers": origin.workers, **plain}
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any], inner: Any = None) -> Position:
+        """The inverse of `to_plain`."""
+        states = {
+            name: plain[name] and RandomState.from_plain(plain[name]) for name in ("created", "iterated", "drawn")
+        }
+        fetch = RandomState.from_plain(plain["fetch"])
+        return cls(Origin(plain["workers"], **states), plain["delivered"], fetch, plain["next_epoch"], inner)
+
+
+@dataclass(slots=True, eq=False)
+class Cursor:
+    """One iterator's progress: shared by it and the tracker, so that the tracker keeps no iterator alive.
+
+    Attributes:
+        length: batches in the epoch, if known.
+        exhausted: the iterator has reported its end.
+        last_inner: the loader's own state before that report.
+    """
+
+    origin: Origin
+    length: int | None
+    delivered: int = 0
+    exhausted: bool = False
+    last_inner: Any = None
+
+
+@dataclass(slots=True, eq=False)
+class _Resumption:
+    """From ``iter`` of a loaded position to the end of the first fetch; `fetch` is the random state for that fetch."""
+
+    position: Position
+    cursor: Cursor
+    fetch: RandomState
+    skipped: bool = False
+
+
+@dataclass(eq=False)
+class PositionTracker:
+    """Follows the iterator of a loader that began or fetched last. Used by the training thread alone.
+
+    Attributes:
+        in_flight: tells how many of the last fetches a state is to leave out.
+        sources: what the loader draws from beside the process's generators, as of the last ``iter``.
+        creating: whether the loader's own iterator is being made.
+    """
+
+    in_flight: Callable[[], int]
+    sources: tuple[RandomSource, ...] = ()
+    creating: bool = False
+    _recent: deque[Position] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_FETCHES))
+    _cursor: Cursor | None = None
+    _loaded: Position | None = None
+    _resumption: _Resumption | None = None
+    _workers: bool = False
+    _fetching: bool = False
+    _created_in_fetch: bool = False
+    _index_iterations: int = 0
+
+    @property
+    def resuming(self) -> Position | None:
+        """The position in mid-epoch to which the iterator in the making or the first fetch has to be brought."""
+        resumption = self._resumption
+        return None if resumption is None or resumption.position.next_epoch else resumption.position
+
+    @property
+    def past_end(self) -> RandomState | None:
+        """At a resume behind the last batch of an epoch: the random state there."""
+        position = None if self._resumption is None else self._resumption.position
+        return position.fetch if position is not None and position.next_epoch and position.delivered else None
+
+    def forget(self) -> None:
+        """Forgets all positions; whatever the loader does next is taken as its beginning."""
+        self._loaded = self._resumption = self._cursor = None
+        self._recent.clear()
+
+    def load(self, position: Position) -> None:
+        """Makes the next ``iter`` resume at a position."""
+        self._loaded, self._resumption = position, None
+        self._recent.clear()
+
+    def position(self, sources: tuple[RandomSource, ...], length: int | None, read_inner: ReadInner) -> Position:
+        """The position before the fetches in flight."""
+        if self._loaded is not None:
+            return self._loaded
+        if self._resumption is None and (steps := self.in_flight()) > 0 and self._recent:
+            return self._recent[-min(steps, len(self._recent))]
+        now = RandomState.capture(sources)
+        if self._cursor is None:
+            return Position(Origin(workers=False), 0, now, next_epoch=True, inner=read_inner())
+        return self._here(self._cursor, now, length, read_inner)
+
+    def _here(self, cursor: Cursor, now: RandomState, length: int | None, read_inner: ReadInner) -> Position:
+        if self._resumption is not None:
+            inner = self._resumption.position.inner if self.resuming else read_inner()
+            return Position(cursor.origin, cursor.delivered, self._resumption.fetch, inner=inner)
+        if cursor.exhausted and length is not None:
+            # With a known length Lightning stops before the end is reported, unless a longer loader goes on beside
+            # this one (CombinedLoader's max_size): then it stays exhausted.
+            return Position(cursor.origin, cursor.delivered, now, inner=cursor.last_inner)
+        over = cursor.exhausted or (length is not None and cursor.delivered >= length)
+        return Position(cursor.origin, 0 if cursor.exhausted else cursor.delivered, now, over, read_inner())
+
+    def begin(self, sources: tuple[RandomSource, ...], workers: bool, length: int | None) -> Cursor:
+        """Begins an epoch or goes on with the loaded one. Called before the loader's own iterator is made."""
+        self.sources, self._workers = sources, workers
+        if self._resumption is not None:  # given up without a fetch: this epoch begins where that one was to go on
+            self._resumption.position.fetch.restore(sources)
+        loaded, self._loaded, self._resumption = self._loaded, None, None
+        self._cursor = Cursor(Origin(workers), length)
+        if loaded is not None:
+            if loaded.next_epoch:
+                loaded.fetch.restore(sources)
+            else:
+                self._cursor = Cursor(loaded.origin, length, loaded.delivered)
+            self._resumption = _Resumption(loaded, self._cursor, loaded.fetch)
+            _awaiting_first_fetch.add(self)
+        return self._cursor
+
+    def begun(self) -> None:
+        """Ends what `begin` began, when the loader's own iterator has been made."""
+        if self._resumption is not None and self._resumption.position.next_epoch:
+            self._resumption.fetch = RandomState.capture(self.sources)  # the hooks before the first fetch do not count
+
+    @contextmanager
+    def creation(self) -> Iterator[None]:
+        """While a map-style loader's own iterator is made, which a subclass may put off to the first fetch."""
+        assert self._cursor is not None
+        origin, resuming = self._cursor.origin, self.resuming
+        self.creating, self._created_in_fetch, self._index_iterations = True, self._fetching, 0
+        if resuming is None:
+            origin.created = RandomState.capture(self.sources)
+        elif origin.created is not None:
+            origin.created.restore(self.sources)
+        try:
+            yield
+        finally:
+            self.creating = False
+        if resuming is not None and self._fetching and resuming.delivered:
+            self._restore_fetch()
+
+    def track_indices(self, sampler: Iterable[Any]) -> Iterator[Any]:
+        """``iter(sampler)`` that records where its order comes from or, on resume, puts that back and skips."""
+        assert self._cursor is not None
+        origin = self._cursor.origin
+        if self.resuming is None:
+            origin.iterated = RandomState.capture(self.sources)
+            return self._record(iter(sampler), origin)
+        self._index_iterations += 1
+        # With workers, torch calls iter() once in vain, draws the workers' seed, and calls it again: the first call has
+        # to take its natural way for the seed to be the same.
+        in_vain = self._workers and self._index_iterations == 1
+        if origin.iterated is not None and not in_vain:
+            origin.iterated.restore(self.sources)
+        return self._skip(iter(sampler), self.resuming)
+
+    def _record(self, indices: Iterator[Any], origin: Origin) -> Iterator[Any]:
+        origin.drawn = RandomState.capture(self.sources)
+        yield from indices
+
+    def _skip(self, indices: Iterator[Any], position: Position) -> Iterator[Any]:
+        origin, ahead = position.origin, list[Any]()
+        if origin.drawn is not None:
+            origin.drawn.restore(self.sources)
+        elif not self._fetching:  # saved before the first fetch, which would have drawn
+            position.fetch.restore(self.sources)
+        origin.drawn = RandomState.capture(self.sources)
+        next(islice(indices, position.delivered, position.delivered), None)
+        if origin.workers:  # the next index had been drawn before the fetch began, too
+            ahead.extend(islice(indices, 1))
+        if self._fetching and (position.delivered or not self._created_in_fetch):
+            self._restore_fetch()
+        if self._resumption is not None:
+            self._resumption.skipped = True
+        yield from ahead
+        yield from indices
+
+    def begin_fetch(self, cursor: Cursor, read_inner: ReadInner) -> Position:
+        """Returns the position before a fetch; on the first after a resume, puts the random state back."""
+        self._cursor, self._fetching, self._created_in_fetch = cursor, True, False
+        resumption = self._resumption
+        if resumption is None or resumption.cursor is not cursor:
+            fetch, inner = RandomState.capture(self.sources), read_inner()
+        else:
+            self._take_turn(resumption)
+            self._restore_fetch()
+            fetch, inner = resumption.fetch, resumption.position.inner if self.resuming else read_inner()
+        if inner is not None and cursor.origin.drawn is None:
+            cursor.origin.drawn = fetch
+        return Position(cursor.origin, cursor.delivered, fetch, inner=inner)
+
+    def end_fetch(self, position: Position | None) -> None:
+        """Ends a fetch; `position` is where it began, None if it is not one to repeat."""
+        resumption, self._resumption, self._fetching = self._resumption, None, False
+        if position is None:
+            return
+        self._recent.append(position)
+        if resumption is not None and position.inner is None and not resumption.skipped and position.delivered:
+            warnings.warn(
+                "the train loader took its batches from an iterator of an earlier time, so the"
+                f" {position.delivered} batches of this epoch that had been seen were not skipped."
+                " Let the loader make an iterator in every __iter__.",
+                stacklevel=3,
+            )
+
+    def _take_turn(self, resumption: _Resumption) -> None:
+        # Loaders of a trainer that were saved at the same moment go on one after the other: only the first fetch
+        # starts from the process state of that moment, the others from what the ones before them have left.
+        if self not in _awaiting_first_fetch:
+            resumption.fetch = replace(RandomState.capture(), sources=resumption.fetch.sources)
+        for other in list(_awaiting_first_fetch):
+            theirs = other._resumption
+            if other is not self and theirs is not None and theirs.fetch.same_process_state(resumption.fetch):
+                _awaiting_first_fetch.discard(other)
+        _awaiting_first_fetch.discard(self)
+
+    def _restore_fetch(self) -> None:
+        if self._resumption is not None:
+            self._resumption.fetch.restore(self.sources)
+
+
+_awaiting_first_fetch: weakref.WeakSet[PositionTracker] = weakref.WeakSet()
+
+
+class TrackedSampler:
+    """An index sampler whose iteration a tracker follows."""
+
+    def __init__(self, sampler: Any, tracker: PositionTracker) -> None:
+        self._sampler, self._tracker = sampler, tracker
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._tracker.track_indices(self._sampler)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+
+class CountedBatches(Iterator[Any]):
+    """A loader's own iterator, with every fetch reported to the tracker; all else is the iterator's."""
+
+    def __init__(self, batches: Any, tracker: PositionTracker, cursor: Cursor, read_inner: ReadInner) -> None:
+        self._batches, self._tracker, self._cursor, self._read_inner = batches, tracker, cursor, read_inner
+        tracker.begun()
+
+    def __next__(self) -> Any:
+        tracker, cursor = self._tracker, self._cursor
+        position = tracker.begin_fetch(cursor, self._inner)
+        done: Position | None = None
+        try:
+            batch = next(self._batches)
+            cursor.delivered += 1
+            done = position
+        except StopIteration:
+            cursor.exhausted, cursor.last_inner = True, position.inner
+            if cursor.length is not None:  # else Lightning looked ahead for the end, which is no fetch to repeat
+                done = position
+            raise
+        finally:
+            tracker.end_fetch(done)
+        return batch
+
+    def _inner(self) -> Any:
+        return self._cursor.last_inner if self._cursor.exhausted else self._read_inner()
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_batches":
+            raise AttributeError(name)
+        return getattr(self._batches, name)

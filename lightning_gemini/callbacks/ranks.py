@@ -1,0 +1,80 @@
+"""Who this process is in the job, and the small collectives that ranks agree with."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class RankIdentity:
+    """One rank's place in the job.
+
+    Attributes:
+        global_rank: Rank in the job.
+        local_rank: Rank on the machine.
+        machine: Rank of the machine.
+        nproc_per_machine: Ranks on every machine.
+        machines: Number of machines.
+    """
+
+    global_rank: int
+    local_rank: int
+    machine: int
+    nproc_per_machine: int
+    machines: int
+
+
+def bind_host(machines: int) -> str:
+    """The address at which other machines of the job reach this one."""
+    if machines == 1:
+        return "127.0.0.1"
+    master = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    family, kind, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:  # UDP: no packet leaves
+        probe.connect(address)
+        return str(probe.getsockname()[0])
+
+
+class RankGroup:
+    """All ranks, on a gloo group of its own, so that agreeing never disturbs training's collectives."""
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo")
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Small control values only, never tensors."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        return self.gather(value)[0]
+
+    def start_min(self, values: list[int]) -> MinExchange:
+        """Begin an element-wise minimum over all ranks; does not wait."""
+        tensor = torch.tensor(values, dtype=torch.int64)
+        return MinExchange(tensor, dist.all_reduce(tensor, dist.ReduceOp.MIN, group=self._group, async_op=True))
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        self.start_min([0]).wait()
+
+
+class MinExchange:
+    """A minimum over all ranks that is under way."""
+
+    def __init__(self, tensor: torch.Tensor, work: Any) -> None:
+        self._tensor, self._work = tensor, work
+
+    def wait(self) -> list[int]:
+        """The minima, once every rank has taken part."""
+        self._work.wait()
+        values: list[int] = self._tensor.tolist()
+        return values

@@ -1,0 +1,260 @@
+"""The classes that loaders get when they are made resumable: thin, everything else is the loader's own."""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+import functools
+import itertools
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+
+from lightning_gemini.callbacks.position_tracker import (
+    CountedBatches,
+    Origin,
+    Position,
+    PositionTracker,
+    ReadInner,
+    TrackedSampler,
+)
+from lightning_gemini.callbacks.random_state import RandomState, find_random_sources
+from lightning_gemini.errors import RestoreError
+
+__all__ = ["Resumable", "ResumableDataLoader", "ResumableStateful", "StatefulProxy", "swap_class"]
+
+_KEY = "lightning_gemini"
+_INNER = "inner"
+_END = object()
+
+
+class Resumable:
+    """What a resumable loader has of its own."""
+
+    __slots__ = ()  # Python swaps classes only where that changes nothing in the objects' layout
+    _gemini_ordinary_class: type
+    _gemini_position: PositionTracker | None = None
+
+    @property
+    def _gemini_tracker(self) -> PositionTracker:
+        """The tracker that `make_resumable` gave the loader."""
+        if self._gemini_position is None:  # Lightning made this loader anew, by calling the class of a resumable one
+            self._gemini_position = PositionTracker(lambda: 0)
+        return self._gemini_position
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class cannot be found by name, so what is copied or sent to another process is an ordinary loader again.
+        reduced = super().__reduce_ex__(max(2, int(protocol)))
+        if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
+            return reduced
+        function, (_, *arguments), state, *rest = reduced
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != "_gemini_position"}
+        return function, (self._gemini_ordinary_class, *arguments), state, *rest
+
+
+class ResumableDataLoader(Resumable, DataLoader[Any]):
+    """Goes before a map-style DataLoader class; on resume skips index batches, so that nothing is loaded in vain."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Any:
+        cursor = self._gemini_tracker.begin(find_random_sources(self), self.num_workers > 0, _length(self))
+        return CountedBatches(super().__iter__(), self._gemini_tracker, cursor, _nothing)
+
+    def _get_iterator(self) -> Any:
+        with self._gemini_tracker.creation():
+            return super()._get_iterator()
+
+    @property
+    def _index_sampler(self) -> Any:
+        sampler = super()._index_sampler
+        return TrackedSampler(sampler, self._gemini_tracker) if self._gemini_tracker.creating else sampler
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position before the batches in flight, in plain values."""
+        position = self._gemini_tracker.position(find_random_sources(self), _length(self), _nothing)
+        return {_KEY: {"loader": "map-style", "batches": _length(self), **position.to_plain()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Makes the next ``iter`` go on at a position.
+
+        Raises:
+            RestoreError: the state is that of another kind of loader.
+        """
+        plain = state_dict.get(_KEY, {})
+        if plain.get("loader") != "map-style":
+            raise RestoreError(
+                f"expected the position of a map-style {self._gemini_ordinary_class.__name__}, found a state with the"
+                f" keys {sorted(state_dict)}, of another kind of loader; resume with the kind that the run began with"
+            )
+        if plain["batches"] != _length(self):
+            warnings.warn(
+                f"the train loader had {plain['batches']} batches per epoch when the checkpoint was taken and has"
+                f" {_length(self)} now: it goes on after {plain['delivered']} batches, but not with the same data."
+                " Use the same data set, batch size and number of processes to resume exactly.",
+                stacklevel=2,
+            )
+        self._iterator = None  # persistent workers would go on with the order that they have
+        self._gemini_tracker.load(Position.from_plain(plain))
+
+
+class ResumableStateful(Resumable):
+    """Goes before the class of a loader with state of its own, which is read before every fetch."""
+
+    __slots__ = ()
+
+    def __iter__(self) -> Any:
+        return _iterate_stateful(self, self._gemini_tracker, super().__iter__, super().state_dict)  # type: ignore[misc]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's own state before the batches in flight, and the random state beside it."""
+        return _stateful_state(self, self._gemini_tracker, super().state_dict)  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the loader's own state now; the random state is put back when iteration begins."""
+        super().load_state_dict(_load_stateful(self._gemini_tracker, state_dict))  # type: ignore[misc]
+
+
+class StatefulProxy:
+    """Stands for a loader with state whose class cannot be swapped, e.g. one with slots."""
+
+    def __init__(self, loader: Any, in_flight: Callable[[], int]) -> None:
+        self.__dict__.update(_loader=loader, _gemini_tracker=PositionTracker(in_flight))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # a copy in the making
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._loader, name, value)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Any:
+        return _iterate_stateful(self._loader, self._gemini_tracker, self._loader.__iter__, self._loader.state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's own state before the batches in flight, and the random state beside it."""
+        return _stateful_state(self._loader, self._gemini_tracker, self._loader.state_dict)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the loader's own state now; the random state is put back when iteration begins."""
+        self._loader.load_state_dict(_load_stateful(self._gemini_tracker, state_dict))
+
+
+def swap_class(loader: Any, mixin: Any, in_flight: Callable[[], int]) -> object | None:
+    """Puts `mixin` before the class of a loader; None if Python does not allow that."""
+    if not hasattr(loader, "__dict__"):
+        return None
+    try:
+        loader.__class__ = _resumable_class(mixin, cast(Any, type(loader)))
+    except TypeError:
+        return None
+    loader._gemini_position = PositionTracker(in_flight)
+    if mixin is ResumableDataLoader and loader._iterator is not None:  # persistent workers that are in use already
+        loader._iterator._index_sampler = TrackedSampler(loader._iterator._index_sampler, loader._gemini_tracker)
+    return loader  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _resumable_class(mixin: Any, ordinary: Any) -> type:
+    namespace = {
+        "__slots__": (),
+        "_gemini_ordinary_class": ordinary,
+        "__module__": ordinary.__module__,
+        "__doc__": ordinary.__doc__,
+    }
+    return types.new_class(
+        f"Resumable{ordinary.__name__}", (mixin, ordinary), exec_body=lambda body: body.update(namespace)
+    )
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def _nothing() -> None:
+    """The inner state of a loader that has none."""
+
+
+def _iterate_stateful(
+    loader: Any, tracker: PositionTracker, iterate: Callable[[], Any], read: ReadInner
+) -> CountedBatches:
+    sources, workers = find_random_sources(loader), getattr(loader, "num_workers", 0) > 0
+    cursor, read = tracker.begin(sources, workers, _length(loader)), _copying(read)
+    if tracker.resuming is not None:
+        with _order_drawn_again(loader, cursor.origin, tracker):
+            return CountedBatches(iterate(), tracker, cursor, read)
+    batches = _past_the_end(tracker, iterate)
+    if batches is None:
+        cursor.origin.iterated = RandomState.capture(sources)
+        if not (workers and getattr(loader, "persistent_workers", False) and loader._iterator is not None):
+            cursor.origin.created = cursor.origin.iterated
+        batches = iterate()
+    return CountedBatches(batches, tracker, cursor, read)
+
+
+def _past_the_end(tracker: PositionTracker, iterate: Callable[[], Any]) -> Any:
+    # The epoch was over, but the loader's own state stands just before its end, which has to be found first.
+    if (over := tracker.past_end) is None:
+        return None
+    rest = iterate()
+    if (batch := next(rest, _END)) is not _END:
+        return itertools.chain((batch,), rest)
+    over.restore(tracker.sources)
+    return None
+
+
+@contextmanager
+def _order_drawn_again(loader: Any, origin: Origin, tracker: PositionTracker) -> Iterator[None]:
+    # torchdata draws an order again, and skips to its position, while the iterator is made, but after it has drawn the
+    # workers' seed. Where the order was first drawn without that (at the first fetch in a single process, or by
+    # persistent workers in a later epoch), the seed has to come from elsewhere.
+    state = origin.iterated if origin.workers else origin.drawn or origin.iterated
+    elsewhere = isinstance(loader, DataLoader) and (
+        origin.created is None if origin.workers else origin.drawn is not None
+    )
+    if state is not None:
+        state.restore(tracker.sources)
+    generator = getattr(loader, "generator", None)
+    if elsewhere:
+        loader.generator = torch.Generator()
+    try:
+        yield
+    finally:
+        if elsewhere:
+            loader.generator = generator
+
+
+def _stateful_state(loader: Any, tracker: PositionTracker, read: ReadInner) -> dict[str, Any]:
+    position = tracker.position(find_random_sources(loader), _length(loader), _copying(read))
+    plain = not isinstance(position.inner, dict)
+    beside = {"loader": "stateful", "inner_is_value": plain, **position.to_plain()}
+    return {_INNER: position.inner, _KEY: beside} if plain else {**position.inner, _KEY: beside}
+
+
+def _load_stateful(tracker: PositionTracker, state: dict[str, Any]) -> Any:
+    beside = state.get(_KEY, {})
+    if beside.get("loader") != "stateful":  # saved without this package, or by another kind of loader
+        tracker.forget()
+        return state
+    inner: Any = {name: value for name, value in state.items() if name != _KEY}
+    inner = inner[_INNER] if beside["inner_is_value"] else inner
+    tracker.load(Position.from_plain(beside, inner))
+    return inner
+
+
+def _copying(read: ReadInner) -> ReadInner:
+    # What a loader hands out may be a live view of its state.
+    return lambda: copy.deepcopy(read())

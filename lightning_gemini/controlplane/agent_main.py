@@ -1,0 +1,62 @@
+"""Process entry of an agent that ``lightning-gemini run`` starts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning_gemini.controlplane.kv.etcd import EtcdKeyValueStore
+from lightning_gemini.controlplane.logs import setup_logging
+from lightning_gemini.controlplane.processes import die_with_parent
+from lightning_gemini.controlplane.worker_agent import WorkerAgent, WorkerAgentSettings
+from lightning_gemini.errors import GeminiError
+
+_log = logging.getLogger("lightning_gemini.agent")
+
+
+def load_settings(path: Path) -> WorkerAgentSettings:
+    """Reads what the launcher wrote; the secret is in a file of its own."""
+    fields: dict[str, Any] = json.loads(path.read_text())
+    fields["secret"] = bytes.fromhex(Path(fields.pop("secret_file")).read_text())
+    for name in ("run_dir", "socket_path"):
+        fields[name] = Path(fields[name])
+    fields["template"] = Path(fields["template"]) if fields["template"] else None
+    for name in ("script", "preload"):
+        fields[name] = tuple(fields[name])
+    return WorkerAgentSettings(**fields)
+
+
+def main() -> int:
+    """Runs the agent until SIGTERM, SIGINT, a ``stop`` request, or the end of the launcher."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--parent", type=int, help="end with this process")
+    arguments = parser.parse_args()
+    if arguments.parent is not None:
+        die_with_parent(arguments.parent)
+    settings = load_settings(arguments.config)
+    log_path = settings.run_dir / "logs" / f"node{settings.machine}-agent.jsonl"
+    handler = setup_logging(log_path, node=settings.machine)
+    _log.info("agent %s starts (pid %d)", settings.incarnation, os.getpid())
+    store = EtcdKeyValueStore(settings.etcd)
+    agent = WorkerAgent(settings, store, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.stop())
+    try:
+        agent.run()
+    except (GeminiError, OSError):
+        _log.exception("the agent failed")
+        return 1
+    finally:
+        store.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""The directory of one run: who uses it, where its processes are, and how the command line finds it."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_gemini.controlplane.events import EVENTS_FILE
+from lightning_gemini.controlplane.processes import start_time
+from lightning_gemini.controlplane.standalone import runtime_dir
+from lightning_gemini.errors import ConfigurationError
+
+JOB_FILE = "job.json"
+_SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 108 with the final zero
+
+
+@dataclass(slots=True)
+class RunDirectory:
+    """A run directory that this process holds; the kernel gives it up with the process.
+
+    Attributes:
+        path: Absolute path.
+        lock: Descriptor of the locked file.
+    """
+
+    path: Path
+    lock: int
+
+    @classmethod
+    def claim(cls, path: Path | None) -> RunDirectory:
+        """Makes the directory, mode 0700, and locks it; what an earlier job left moves to ``earlier/<time>``.
+
+        Raises:
+            ConfigurationError: If a live job uses it, or it cannot be written.
+        """
+        path = (path or Path("runs") / time.strftime("%Y%m%d-%H%M%S")).absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path.chmod(0o700)
+            lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot write the run directory {path} ({error}): give another --run-dir"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise ConfigurationError(
+                f"a live job uses the run directory {path}: end it (`lightning-gemini stop --run-dir {path}`) "
+                "or give another --run-dir"
+            ) from None
+        run = cls(path, lock)
+        run._set_aside()
+        for name in ("logs", "nodes"):
+            (path / name).mkdir(exist_ok=True, mode=0o700)
+        return run
+
+    def sockets(self, job: str, nodes: int) -> dict[int, Path]:
+        """Returns where each agent listens; a short place outside when the run directory's path is too long."""
+        inside = {slot: self.path / "nodes" / str(slot) / "agent.sock" for slot in range(nodes)}
+        if max(len(os.fsencode(socket)) for socket in inside.values()) <= _SOCKET_PATH_LIMIT:
+            return inside
+        return {slot: runtime_dir() / f"{job}-{slot}.sock" for slot in range(nodes)}
+
+    def template_socket(self, job: str) -> Path:
+        """Returns where the import template listens."""
+        inside = self.path / "template.sock"
+        return inside if len(os.fsencode(inside)) <= _SOCKET_PATH_LIMIT else runtime_dir() / f"{job}-template.sock"
+
+    def write_secret(self) -> Path:
+        """Draws the job's secret into a file that only this user reads."""
+        path = self.path / "secret"
+        path.unlink(missing_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        return path
+
+    def write_job(self, fields: dict[str, Any]) -> None:
+        """Publishes the job: ``job.json``, and the link by which the newest run is found."""
+        launcher = {"launcher_pid": os.getpid(), "launcher_start_time": start_time(os.getpid())}
+        temporary = self.path / f".{JOB_FILE}"
+        temporary.write_text(json.dumps({**fields, **launcher}, indent=1))
+        temporary.replace(self.path / JOB_FILE)
+        link = runtime_dir() / f".latest-{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(self.path)
+        link.replace(runtime_dir() / "latest")
+
+    def close(self) -> None:
+        """Removes the secret and gives the directory up; idempotent."""
+        if self.lock >= 0:
+            (self.path / "secret").unlink(missing_ok=True)
+            os.close(self.lock)
+            self.lock = -1
+
+    def _set_aside(self) -> None:
+        old = [self.path / name for name in (JOB_FILE, EVENTS_FILE, "logs") if (self.path / name).exists()]
+        if old:
+            place = self.path / "earlier" / time.strftime("%Y%m%d-%H%M%S")
+            while place.exists():
+                place = place.with_name(place.name + "+")
+            place.mkdir(parents=True)
+            for each in old:
+                each.rename(place / each.name)
+
+
+def find_job(run_dir: Path | None) -> dict[str, Any]:
+    """Reads the job of a run directory, by default of the newest run; adds ``run_dir`` and ``alive``.
+
+    Raises:
+        ConfigurationError: If there is none.
+    """
+    path = run_dir.absolute() if run_dir is not None else runtime_dir() / "latest"
+    try:
+        job: dict[str, Any] = json.loads((path / JOB_FILE).read_text())
+    except (OSError, ValueError) as error:
+        hint = "start one with `lightning-gemini run`" if run_dir is None else "is it the --run-dir of a run?"
+        raise ConfigurationError(f"found no job in {path} ({error}): {hint}") from error
+    alive = start_time(job["launcher_pid"]) == job["launcher_start_time"]
+    return {**job, "run_dir": str(path.resolve()), "alive": alive}

@@ -1,0 +1,121 @@
+"""An agent without ``lightning-gemini run``: started by the first rank of a machine that finds none, and left behind on purpose.
+
+It keeps the job's memory while the script is down, and goes away when the job ends, is told to, or was idle for long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lightning_gemini.controlplane.agent import AgentSettings, MachineAgent
+from lightning_gemini.controlplane.agent_client import AgentClient
+from lightning_gemini.errors import AgentError
+
+START_TIMEOUT_S = 20.0
+
+
+def runtime_dir() -> Path:
+    """Directory for sockets of this user; mode 0700.
+
+    Raises:
+        AgentError: Somebody else owns it.
+    """
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"lightning-gemini-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.stat().st_uid != os.getuid():
+        raise AgentError(f"{path} belongs to another user; set TMPDIR to a directory of your own")
+    return path
+
+
+def job_id(argv: list[str], cwd: str) -> str:
+    """The same command typed in the same directory is the same job; ``LIGHTNING_GEMINI_JOB`` overrides."""
+    if given := os.environ.get("LIGHTNING_GEMINI_JOB"):
+        return given
+    line = json.dumps([cwd, os.path.abspath(argv[0]), *argv[1:]])
+    return hashlib.blake2b(line.encode(), digest_size=6).hexdigest()
+
+
+def socket_path(job: str, machine: int) -> Path:
+    """Where the agent of a machine listens."""
+    return runtime_dir() / job / f"agent-{machine}.sock"
+
+
+def find_or_start(job: str, machine: int, bind_host: str, idle_timeout_s: float) -> AgentClient:
+    """Connect to this machine's agent of the job, starting it where there is none.
+
+    Raises:
+        AgentError: The agent there is of another job or version, or does not start.
+    """
+    path = socket_path(job, machine)
+    if path.exists():
+        try:
+            return AgentClient(path, job)
+        except AgentError as error:
+            if "no agent at" not in str(error):
+                raise
+    _spawn(job, machine, path, bind_host, idle_timeout_s)
+    return AgentClient(path, job)
+
+
+def _spawn(job: str, machine: int, path: Path, bind_host: str, idle_timeout_s: float) -> None:
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    settings = {
+        "job": job,
+        "machine": machine,
+        "socket_path": str(path),
+        "secret": secrets.token_hex(32),
+        "bind_host": bind_host,
+        "idle_timeout_s": idle_timeout_s,
+    }
+    log_path = path.with_suffix(".log")
+    with open(log_path, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lightning_gemini.controlplane.standalone"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # outlives this script, its terminal and Ctrl-C
+            cwd="/",
+        )
+    assert process.stdin is not None
+    process.stdin.write(json.dumps(settings).encode())  # not on the command line: it has the secret
+    process.stdin.close()
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not path.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise AgentError(f"the agent did not start: {log_path.read_text(errors='replace').strip()[-500:]}")
+        time.sleep(0.01)
+
+
+def main() -> None:
+    """Process entry: settings as JSON on standard input."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    fields = json.load(sys.stdin)
+    fields.update(socket_path=Path(fields["socket_path"]), secret=bytes.fromhex(fields["secret"]))
+    agent = MachineAgent(AgentSettings(**fields))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: agent.close())
+    agent.start()
+    agent.closed.wait()
+    _remove_runtime_files(fields["socket_path"])
+
+
+def _remove_runtime_files(path: Path) -> None:
+    path.with_suffix(".log").unlink(missing_ok=True)
+    try:
+        path.parent.rmdir()
+    except OSError:
+        pass  # another machine's agent of this job lives here too
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""How much host memory the buffers may take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lightning_gemini.config import MEMORY_FLOOR_BYTES
+from lightning_gemini.errors import CapacityError
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> int:
+    """Memory that can still be taken on this machine: what the kernel calls available, capped by the cgroup's limit."""
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        limit = (cgroup / "memory.max").read_text().strip()
+        used = int((cgroup / "memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def require_memory(shard_bytes: int, replicas: int, nproc_per_machine: int, *, already_bytes: int = 0) -> None:
+    """Check that 2 buffers x ``replicas`` x the shards of one machine fit (GEMINI, SOSP '23, section 4).
+
+    Args:
+        shard_bytes: Bytes of one rank's shard.
+        replicas: Copies of every shard, the owner's included.
+        nproc_per_machine: Ranks on a machine.
+        already_bytes: What this agent has allocated before.
+
+    Raises:
+        CapacityError: It does not fit; the message has the sizes.
+    """
+    needed = 2 * replicas * shard_bytes * nproc_per_machine - already_bytes
+    available = available_bytes()
+    if needed + MEMORY_FLOOR_BYTES > available:
+        mib = 2**20
+        raise CapacityError(
+            f"not enough memory for checkpoints: 2 buffers x {replicas} replicas x {nproc_per_machine} ranks x "
+            f"{shard_bytes / mib:.0f} MiB = {2 * replicas * shard_bytes * nproc_per_machine / mib:.0f} MiB per machine, "
+            f"{available / mib:.0f} MiB available ({MEMORY_FLOOR_BYTES / mib:.0f} MiB stay free); "
+            "use fewer replicas, more machines, or machines with more memory"
+        )

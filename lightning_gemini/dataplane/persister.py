@@ -1,0 +1,246 @@
+"""The persistent tier: ordinary DeepSpeed checkpoint directories, written from memory behind training's back.
+
+A checkpoint is written to a temporary name, every file is fsynced, the directory is renamed, and ``latest`` is replaced last,
+so that a crash between any two operations leaves the previous checkpoint valid.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane import shard
+from lightning_gemini.dataplane.slab import Buffer
+from lightning_gemini.errors import IntegrityError, PersistError
+
+log = logging.getLogger(__name__)
+
+KEEP = 2
+FINISHED = "gemini_finished"
+_TAG = re.compile(r"global_step(\d+)$")
+_OTHERS_TIMEOUT_S = 600.0
+_POLL_S = 0.05
+
+FilesOf = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file with what DeepSpeed does not keep of a rank: RNG, data position, buffers."""
+    return f"gemini_rank_{rank:05d}.pt"
+
+
+class Persister:
+    """Writes committed versions of one rank to a directory that all ranks share.
+
+    Args:
+        directory: The DeepSpeed ``save_dir``.
+        rank: This global rank; rank 0 finishes the checkpoint once every rank has written its files.
+        world_size: Number of ranks.
+        files_of: Turns a decoded shard into DeepSpeed's files, name to content.
+        scripts: Files copied beside the checkpoints, for people (``zero_to_fp32.py``).
+    """
+
+    def __init__(
+        self, directory: Path, rank: int, world_size: int, files_of: FilesOf, scripts: tuple[Path, ...] = ()
+    ) -> None:
+        self.directory = directory
+        self._rank, self._world_size, self._files_of, self._scripts = rank, world_size, files_of, scripts
+        self._thread: threading.Thread | None = None
+        self.last: int | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, buffer: Buffer, version: VersionId) -> None:
+        """Write ``version`` in the background; problems are logged, training goes on."""
+        if not self.busy:
+            self._thread = threading.Thread(target=self._run, args=(buffer, version), name="gemini-persist", daemon=True)
+            self._thread.start()
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Give a checkpoint that is being written a last chance to finish."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def mark_finished(self) -> None:
+        """The job ended well: its checkpoints are results now, and no new job resumes from them by itself."""
+        if self._rank == 0 and self.directory.is_dir():
+            (self.directory / FINISHED).touch()
+
+    def _run(self, buffer: Buffer, version: VersionId) -> None:
+        try:
+            began = time.monotonic()
+            stable, volatile = self._read(buffer, version)
+            self._write(version, stable, volatile)
+            self.last = version.version
+            if self._rank == 0:
+                log.info("version %d persisted in %.1f s", version.version, time.monotonic() - began)
+        except (OSError, IntegrityError, RuntimeError) as error:
+            log.warning(
+                "version %d was not persisted to %s (%s); the previous persistent checkpoint stays valid, "
+                "training goes on, the next attempt follows",
+                version.version,
+                self.directory,
+                error,
+            )
+
+    def _read(self, buffer: Buffer, version: VersionId) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Take a private copy at once: the buffer will be needed again two versions later."""
+        private = memoryview(bytearray(buffer.data[: buffer.data_bytes]))
+        buffer.verify()
+        if buffer.id != version:
+            raise IntegrityError(f"version {version.version} was overwritten while it was being copied")
+        return shard.read(private)
+
+    def _write(self, version: VersionId, stable: dict[str, Any], volatile: dict[str, Any]) -> None:
+        tag = f"global_step{version.version}"
+        # The generation keeps an attempt that died apart from the one that follows.
+        work = self.directory / f".{tag}.{version.generation}.tmp"
+        work.mkdir(parents=True, exist_ok=True)
+        (self.directory / FINISHED).unlink(missing_ok=True)
+        for name, content in self._files_of(stable, volatile).items():
+            _save(content, work / name)
+        # Last, as the sign that this rank's other files are whole.
+        _save({"volatile": volatile, "constant": stable["constant"], "world_size": self._world_size},
+              work / rank_file(self._rank))
+        if self._rank == 0:
+            self._finish(tag, work)
+
+    def _finish(self, tag: str, work: Path) -> None:
+        deadline = time.monotonic() + _OTHERS_TIMEOUT_S
+        while missing := [rank for rank in range(self._world_size) if not (work / rank_file(rank)).exists()]:
+            if time.monotonic() > deadline:
+                shutil.rmtree(work, ignore_errors=True)
+                raise PersistError(f"ranks {missing} wrote nothing within {_OTHERS_TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)
+        for script in self._scripts:
+            shutil.copy(script, self.directory / script.name)
+        _sync_directory(work)
+        final = self.directory / tag
+        if final.exists():  # an older attempt at the same step
+            shutil.rmtree(final)
+        work.rename(final)
+        _sync_directory(self.directory)
+        _replace_text(self.directory / "latest", tag)
+        for _, old in checkpoints(self.directory)[KEEP:]:
+            shutil.rmtree(old, ignore_errors=True)
+        for abandoned in self.directory.glob(".global_step*.tmp"):
+            shutil.rmtree(abandoned, ignore_errors=True)
+
+
+def probe(directory: Path) -> None:
+    """Check that the directory can be written, before training starts.
+
+    Raises:
+        PersistError: It cannot.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        test = directory / f".probe-{os.getpid()}"
+        test.write_bytes(b"")
+        test.unlink()
+    except OSError as error:
+        raise PersistError(
+            f"persist_dir {directory} cannot be written ({error.strerror}): make it writable or choose another directory"
+        ) from error
+
+
+def checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """(version, directory) of every finished checkpoint, the one that ``latest`` names first, then newest first."""
+    try:
+        found = [(int(match[1]), path) for path in directory.iterdir() if (match := _TAG.match(path.name))]
+    except OSError:
+        return []
+    try:
+        latest = (directory / "latest").read_text().strip()
+    except OSError:
+        latest = ""
+    return sorted(found, key=lambda pair: (pair[1].name != latest, -pair[0]))
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether the checkpoints there are the result of a job that ended well."""
+    return (directory / FINISHED).exists()
+
+
+def load(path: Path, rank: int, *, partitioned: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Read one rank's state from a persistent checkpoint.
+
+    Args:
+        path: One checkpoint's directory (``.../global_step12``).
+        rank: Global rank.
+        partitioned: Whether weights are partitioned (ZeRO-3); otherwise rank 0 alone reads them.
+
+    Returns:
+        Stable and volatile state as the snapshot took them, and the world size that wrote them.
+
+    Raises:
+        PersistError: A file is missing or unreadable.
+    """
+    with _readable(path):
+        mine = torch.load(path / rank_file(rank), map_location="cpu", weights_only=False)
+        constant = _constant(mine["constant"])
+        stable: dict[str, Any] = {"constant": mine["constant"], "parameters": None, "frozen": None}
+        optimizer = torch.load(path / constant["optimizer_file"], map_location="cpu", weights_only=False)
+        stable["optimizer"] = optimizer["optimizer_state_dict"]
+        if partitioned or rank == 0:
+            model = torch.load(path / constant["model_file"], map_location="cpu", weights_only=False)
+            buffers = mine["volatile"]["buffers"]
+            stable["parameters"] = {name: value for name, value in model["module"].items() if name not in buffers}
+            stable["frozen"] = model["frozen_param_fragments"] if partitioned else None
+    return stable, mine["volatile"], int(mine["world_size"])
+
+
+def _constant(tensor: torch.Tensor) -> dict[str, Any]:
+    import pickle
+
+    constant: dict[str, Any] = pickle.loads(tensor.numpy().tobytes())
+    return constant
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch.load raises nearly anything on a damaged file
+        raise PersistError(f"the persistent checkpoint {path} cannot be read: {error}") from error
+
+
+def _save(content: Any, path: Path) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(path)
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,189 @@
+"""Copies a rank's state into its slab off the training thread, chunk by chunk, while training goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+
+import torch
+
+from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane.shard import Layout, TensorSlot
+from lightning_gemini.dataplane.slab import Buffer
+
+log = logging.getLogger(__name__)
+
+_WATCH_S = 0.002
+
+
+class Snapshot:
+    """One version on its way into a buffer.
+
+    Attributes:
+        id: The version.
+        copy_s: Seconds from the beginning until the buffer was complete.
+        replica_complete_s: Seconds from the beginning until every other holder was complete; ``None`` if never seen.
+        stall_s: Seconds that the training thread lost; kept by the publisher.
+    """
+
+    def __init__(self, version: VersionId, layout: Layout, buffer: Buffer) -> None:
+        self.id, self.layout, self.buffer = version, layout, buffer
+        self.began = time.perf_counter()
+        self.copy_s = 0.0
+        self.replica_complete_s: float | None = None
+        self.stall_s = 0.0
+        self.error: Exception | None = None
+        self.device_done: torch.cuda.Event | None = None
+        self.device_events: list[torch.cuda.Event] = []
+        self._read = threading.Event()
+        self._done = threading.Event()
+
+    def wait_until_read(self) -> None:
+        """Block until training may change the state again; on CUDA that wait happens on the device."""
+        self._read.wait()
+        if self.device_done is not None:
+            torch.cuda.current_stream().wait_event(self.device_done)
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Block until the buffer is complete or the copy failed."""
+        return self._done.wait(timeout_s)
+
+    @property
+    def done(self) -> bool:
+        """Whether the buffer is complete, or the copy has failed."""
+        return self._done.is_set()
+
+
+class Snapshotter:
+    """A thread that copies one snapshot at a time.
+
+    Args:
+        notify: Called when a version was begun and when it is complete, on this thread.
+        device: The training device; a CUDA device copies on a stream of its own.
+    """
+
+    def __init__(self, notify: Callable[[], None], device: torch.device) -> None:
+        self._notify = notify
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._queue: SimpleQueue[Snapshot | Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._pinned: set[int] = set()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._run, name="gemini-snapshot", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what was begun and end the thread; idempotent."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            thread.join(timeout=60.0)
+
+    def begin(self, version: VersionId, layout: Layout, buffer: Buffer) -> Snapshot:
+        """Start copying; returns at once. The tensors must stay unchanged until ``wait_until_read``."""
+        snapshot = Snapshot(version, layout, buffer)
+        buffer.begin(version, layout.total_bytes)
+        if self._stream is not None:
+            self._pin(buffer)
+            self._enqueue_device_copies(snapshot)
+        self._queue.put(snapshot)
+        return snapshot
+
+    def defer(self, action: Callable[[], None]) -> None:
+        """Do something small later, on this thread instead of the caller's."""
+        self._queue.put(action)
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            if isinstance(work, Snapshot):
+                self._take(work)
+            else:
+                work()
+
+    def _take(self, snapshot: Snapshot) -> None:
+        try:
+            self._notify()
+            self._copy(snapshot)
+            snapshot.buffer.complete()
+            self._notify()
+        except Exception as error:  # a failed checkpoint must not kill training: the publisher reports it
+            snapshot.error = error
+            snapshot.buffer.drop()
+        snapshot.copy_s = time.perf_counter() - snapshot.began
+        snapshot._read.set()
+        snapshot._done.set()
+        self._watch_replicas(snapshot)
+
+    def _watch_replicas(self, snapshot: Snapshot) -> None:
+        """Note when the other holders are complete, as long as there is nothing else to do."""
+        while snapshot.error is None and self._queue.empty() and snapshot.buffer.id == snapshot.id:
+            if snapshot.buffer.acked == snapshot.id:
+                snapshot.replica_complete_s = time.perf_counter() - snapshot.began
+                return
+            time.sleep(_WATCH_S)
+
+    def _copy(self, snapshot: Snapshot) -> None:
+        buffer, layout = snapshot.buffer, snapshot.layout
+        target = torch.frombuffer(buffer.data, dtype=torch.uint8)
+        head = layout.head()
+        buffer.data[: len(head)] = head
+        for slot in layout.slots:
+            for source, begin, end in _pieces(slot, buffer.chunk_bytes):
+                if not slot.tensor.is_cuda:
+                    target[begin:end].view(source.dtype).copy_(source)
+                else:
+                    snapshot.device_events.pop(0).synchronize()
+                buffer.seal(end)
+        # From here on nobody looks at the live tensors any more.
+        snapshot._read.set()
+        buffer.data[layout.blob_offset : layout.total_bytes] = layout.blob
+        buffer.seal(layout.total_bytes)
+
+    # -- CUDA only -----------------------------------------------------------------------------------------------
+
+    def _enqueue_device_copies(self, snapshot: Snapshot) -> None:
+        """Queue every device-to-host copy on the side stream, with an event behind each piece."""
+        assert self._stream is not None
+        target = torch.frombuffer(snapshot.buffer.data, dtype=torch.uint8)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for slot in snapshot.layout.slots:
+                if not slot.tensor.is_cuda:
+                    continue
+                # Clones of volatile state were made on the training stream and must outlive the copy.
+                slot.tensor.record_stream(self._stream)
+                for source, begin, end in _pieces(slot, snapshot.buffer.chunk_bytes):
+                    target[begin:end].view(source.dtype).copy_(source, non_blocking=True)
+                    event = torch.cuda.Event()
+                    event.record(self._stream)
+                    snapshot.device_events.append(event)
+            snapshot.device_done = torch.cuda.Event()
+            snapshot.device_done.record(self._stream)
+        if all(slot.tensor.is_cuda for slot in snapshot.layout.slots):
+            snapshot._read.set()  # the wait happens on the device alone
+
+    def _pin(self, buffer: Buffer) -> None:
+        """Register the buffer with CUDA, so that copies are asynchronous and run at full speed."""
+        view = torch.frombuffer(buffer.data, dtype=torch.uint8)
+        if view.data_ptr() in self._pinned:
+            return
+        runtime = torch.cuda.cudart()
+        status = runtime.cudaHostRegister(view.data_ptr(), view.numel(), 0)
+        if int(status) != 0:
+            log.warning("cannot pin the checkpoint buffer (CUDA error %s); copies will be slower", status)
+        self._pinned.add(view.data_ptr())
+
+
+def _pieces(slot: TensorSlot, piece_bytes: int) -> Iterator[tuple[torch.Tensor, int, int]]:
+    """Cut a tensor into runs of at most ``piece_bytes``, each with its place in the shard."""
+    flat = slot.tensor.reshape(-1)
+    per_piece = max(1, piece_bytes // flat.element_size())
+    for start in range(0, flat.numel(), per_piece):
+        piece = flat[start : start + per_piece]
+        begin = slot.offset + start * flat.element_size()
+        yield piece, begin, begin + piece.numel() * piece.element_size()

@@ -1,0 +1,179 @@
+"""The shards in one machine's memory: those of its own ranks, and its peers' replicas."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+from lightning_gemini.core.consistency import newest_complete, superseded, writable_buffer
+from lightning_gemini.core.placement import Placement, plan_placement
+from lightning_gemini.core.recovery import Holding, Inventory, VersionId
+from lightning_gemini.dataplane.capacity import require_memory
+from lightning_gemini.dataplane.slab import Buffer, BufferState, Slab
+from lightning_gemini.errors import LayoutMismatchError, ProtocolError
+
+
+class ShardStore:
+    """Slabs by owner. Thread-safe; the bytes themselves are written by one owner thread at a time.
+
+    Args:
+        machine: This machine's rank.
+    """
+
+    def __init__(self, machine: int) -> None:
+        self.machine = machine
+        self._lock = threading.RLock()
+        self._slabs: dict[int, Slab] = {}
+        self.generation = 0
+        self.machines = 1
+        self.nproc_per_machine: int | None = None
+        self.replicas: int | None = None
+        self.strategy: str | None = None
+
+    # -- the job's shape -------------------------------------------------------------------------------------------
+
+    def enter_generation(self, generation: int, machines: int, nproc_per_machine: int) -> None:
+        """Refuse replicas of older generations from now on.
+
+        Raises:
+            LayoutMismatchError: Memory holds a job of another shape; nothing is changed.
+        """
+        with self._lock:
+            if self._slabs and (self.machines, self.nproc_per_machine) != (machines, nproc_per_machine):
+                raise LayoutMismatchError(
+                    f"memory holds a job of {self.machines} machines x {self.nproc_per_machine} ranks, this run has "
+                    f"{machines} x {nproc_per_machine}: start it with the same shape, or run 'lightning-gemini stop' "
+                    "to discard what memory holds"
+                )
+            self.generation = max(self.generation, generation)
+            self.machines, self.nproc_per_machine = machines, nproc_per_machine
+
+    def set_replication(self, replicas: int, strategy: str) -> None:
+        """How many copies, and where: what the user's strategy asks for."""
+        plan_placement(self.machines, replicas, strategy)  # a clear error before anything changes
+        with self._lock:
+            self.replicas, self.strategy = replicas, strategy
+
+    @property
+    def placement(self) -> Placement | None:
+        """Which machines hold whose shards; ``None`` until a worker said how many replicas it wants."""
+        if self.replicas is None or self.strategy is None:
+            return None
+        return plan_placement(self.machines, self.replicas, self.strategy)
+
+    # -- slabs -----------------------------------------------------------------------------------------------------
+
+    def own(self, owner: int, shard_bytes: int) -> Slab:
+        """The slab of a rank of this machine; made on first use, kept over restarts of the rank.
+
+        Raises:
+            CapacityError: The machine has not enough memory for it and for the replicas that will come.
+        """
+        with self._lock:
+            slab = self._slabs.get(owner)
+            if slab is None:
+                require_memory(shard_bytes, self.replicas or 1, self.nproc_per_machine or 1, already_bytes=self.total_bytes)
+                slab = self._slabs[owner] = Slab.create(owner, shard_bytes)
+            return slab
+
+    def slab(self, owner: int) -> Slab | None:
+        """The slab of this owner, if there is one."""
+        with self._lock:
+            return self._slabs.get(owner)
+
+    def slabs(self) -> list[Slab]:
+        """All slabs, by owner."""
+        with self._lock:
+            return [self._slabs[owner] for owner in sorted(self._slabs)]
+
+    def own_ranks(self) -> range:
+        """Global ranks of this machine."""
+        per_machine = self.nproc_per_machine or 0
+        return range(self.machine * per_machine, (self.machine + 1) * per_machine)
+
+    @property
+    def total_bytes(self) -> int:
+        """Shared memory taken."""
+        return sum(slab.total_bytes for slab in self.slabs())
+
+    def inventory(self) -> Inventory:
+        """Every complete version here."""
+        return Inventory(self.machine, tuple(self._holdings()))
+
+    def _holdings(self) -> Iterator[Holding]:
+        for slab in self.slabs():
+            for buffer in slab.complete():
+                if buffer.id is not None:
+                    yield Holding(slab.owner, buffer.id, buffer.retrieved)
+
+    # -- what happens to versions ------------------------------------------------------------------------------------
+
+    def replica_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer | None:
+        """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`. The buffer is begun."""
+        with self._lock:
+            self._require_hosted(owner, version)
+            if self.complete_buffer(owner, version) is not None:
+                return None
+            buffer = self._free_buffer(owner, data_bytes)
+            buffer.begin(version, data_bytes)
+            return buffer
+
+    def retrieval_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer:
+        """The buffer that a shard fetched from a peer goes to."""
+        with self._lock:
+            for buffer in self._slabs[owner].buffers if owner in self._slabs else ():
+                if buffer.id == version and buffer.state is not BufferState.COMPLETE:
+                    return buffer
+            return self._free_buffer(owner, data_bytes)
+
+    def _free_buffer(self, owner: int, data_bytes: int) -> Buffer:
+        slab = self._slabs.get(owner)
+        if slab is None:
+            slab = self._slabs[owner] = Slab.create(owner, data_bytes)
+        index = writable_buffer(slab.views, newest_complete(slab.views))
+        if index is None:
+            raise ProtocolError(f"no buffer of rank {owner} may be overwritten yet")
+        return slab.buffers[index]
+
+    def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
+        """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`."""
+        slab = self.slab(owner)
+        return slab.holding(version) if slab else None
+
+    def resume_from(self, version: VersionId | None) -> None:
+        """Every rank goes on from ``version``: drop what is newer, it can never be committed any more."""
+        for slab in self.slabs():
+            for index in superseded(slab.views, version):
+                slab.buffers[index].drop()
+            for buffer in slab.buffers:
+                buffer.forget_origin()
+
+    def abandon_unfinished(self, owner: int) -> None:
+        """The writer of this shard died: what it had not finished will never be."""
+        slab = self.slab(owner)
+        for buffer in slab.buffers if slab else ():
+            if buffer.state is BufferState.WRITING:
+                buffer.drop()
+
+    def discard(self, owner: int, version: VersionId) -> None:
+        """Forget a version whose bytes proved corrupt."""
+        buffer = self.complete_buffer(owner, version)
+        if buffer is not None:
+            buffer.drop()
+
+    def clear(self) -> None:
+        """Free all memory."""
+        with self._lock:
+            slabs, self._slabs = list(self._slabs.values()), {}
+        for slab in slabs:
+            slab.close()
+
+    def _require_hosted(self, owner: int, version: VersionId) -> None:
+        if version.generation < self.generation:
+            raise ProtocolError(f"version of generation {version.generation} is stale, now is {self.generation}")
+        placement = self.placement
+        if placement is None or self.nproc_per_machine is None:
+            raise ProtocolError("not ready: no worker has said yet how shards are placed")
+        machine = owner // self.nproc_per_machine
+        if machine >= self.machines or self.machine not in placement.holders(machine):
+            raise ProtocolError(f"does not hold replicas of rank {owner}")

@@ -1,0 +1,51 @@
+"""The interface that every transport keeps; ``tests/dataplane/test_transport_contract.py`` holds them to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane.slab import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Another machine's agent.
+
+    Attributes:
+        machine: Its machine rank.
+        address: Host and port of its replica server.
+    """
+
+    machine: int
+    address: tuple[str, int]
+
+
+class ReplicaTransport(Protocol):
+    """Carries shards to and from one peer. One thread uses an instance at a time."""
+
+    def push(self, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool]) -> bool:
+        """Make ``version`` complete on the peer, streaming chunks as the writer seals them.
+
+        Returns once the peer has verified every byte (``True``), or the version was given up because ``still_wanted``
+        turned false (``False``). The peer's previous complete version stays intact until then, and for good on failure.
+
+        Raises:
+            OSError: The peer cannot be reached or refused; nothing of the version counts there.
+        """
+
+    def fetch(self, owner: int, version: VersionId, allocate: Callable[[int], Buffer]) -> int:
+        """Bring a complete shard from the peer into the buffer that ``allocate(data_bytes)`` returns.
+
+        Returns:
+            The bytes received; the buffer is complete and verified.
+
+        Raises:
+            IntegrityError: The peer's bytes do not match their checksums.
+            OSError: The peer cannot be reached, or does not hold the version.
+        """
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""

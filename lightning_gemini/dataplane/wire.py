@@ -1,0 +1,197 @@
+"""What agents say to each other on TCP: a mutual HMAC handshake, then fixed-size frames, some with a payload.
+
+Nothing is unpickled, every length is capped, and no byte is looked at before the peer has proved that it knows the job's
+secret.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import secrets
+import socket
+import struct
+from dataclasses import dataclass
+
+from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.errors import AuthenticationError, ProtocolError
+
+PROTOCOL = 1
+MAX_CHUNK_BYTES = 1 << 30
+MAX_SHARD_BYTES = 1 << 44
+MAX_REASON_BYTES = 4096
+HANDSHAKE_TIMEOUT_S = 5.0
+_MAGIC = b"LGGEMINI"
+_HELLO = struct.Struct("<8sHI16s32s")
+_PROOF = struct.Struct("<32s32s")
+_FRAME = struct.Struct("<4sBxxxIQQQQIQ")
+_FRAME_MAGIC = b"LGFR"
+
+
+class Kind(enum.IntEnum):
+    """What a frame asks for or says."""
+
+    BEGIN = 1  # sender: shard (owner, id) of `size` bytes in chunks of `chunk_bytes` follows
+    CHUNK = 2  # sender: chunk `size` (its index) with its checksum; payload follows
+    END = 3  # sender: all chunks sent
+    ABORT = 4  # sender: the version will not be finished
+    FETCH = 5  # asks for a complete shard
+    WANT = 6  # receiver: send it
+    HAVE = 7  # receiver: already complete here
+    ACK = 8  # receiver: complete and verified
+    REFUSE = 9  # either: no; payload is the reason in UTF-8
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One frame; ``size`` and ``chunk_bytes`` mean what ``kind`` says."""
+
+    kind: Kind
+    owner: int = 0
+    id: VersionId = VersionId(0, 0)
+    size: int = 0
+    chunk_bytes: int = 0
+    length: int = 0
+    checksum: int = 0
+
+    def pack(self) -> bytes:
+        """The frame as bytes, without its payload."""
+        return _FRAME.pack(
+            _FRAME_MAGIC,
+            self.kind,
+            self.owner,
+            self.id.generation,
+            self.id.version,
+            self.size,
+            self.chunk_bytes,
+            self.length,
+            self.checksum,
+        )
+
+
+def send(sock: socket.socket, frame: Frame, payload: memoryview | bytes = b"") -> None:
+    """Send one frame and its payload without copying the payload."""
+    header = frame.pack()
+    if not payload:
+        sock.sendall(header)
+        return
+    sent = sock.sendmsg([header, payload])
+    if sent < len(header):
+        sock.sendall(header[sent:])
+        sent = len(header)
+    sock.sendall(memoryview(payload)[sent - len(header) :])
+
+
+def receive(sock: socket.socket) -> Frame:
+    """Read one frame header.
+
+    Raises:
+        ProtocolError: The bytes are no frame, or a length is beyond its cap.
+        EOFError: The peer closed the connection between two frames.
+    """
+    raw = bytearray(_FRAME.size)
+    receive_into(sock, memoryview(raw), eof_ok=True)
+    magic, kind, owner, generation, version, size, chunk_bytes, length, checksum = _FRAME.unpack(raw)
+    if magic != _FRAME_MAGIC or kind not in Kind._value2member_map_:
+        raise ProtocolError("the peer sent something that is no frame; is another program using this port?")
+    frame = Frame(Kind(kind), owner, VersionId(generation, version), size, chunk_bytes, length, checksum)
+    limit = MAX_CHUNK_BYTES if frame.kind is Kind.CHUNK else MAX_REASON_BYTES
+    if length > limit or size > MAX_SHARD_BYTES or chunk_bytes > MAX_CHUNK_BYTES:
+        raise ProtocolError(f"the peer announced {length} bytes in a {frame.kind.name} frame, more than is allowed")
+    return frame
+
+
+def receive_into(sock: socket.socket, target: memoryview, *, eof_ok: bool = False) -> None:
+    """Fill ``target`` from the socket.
+
+    Raises:
+        EOFError: The peer closed before the first byte and ``eof_ok``.
+        ConnectionError: The peer closed in the middle.
+    """
+    received = 0
+    while received < len(target):
+        count = sock.recv_into(target[received:])
+        if count == 0:
+            if eof_ok and received == 0:
+                raise EOFError
+            raise ConnectionError(f"the peer closed the connection after {received} of {len(target)} bytes")
+        received += count
+
+
+def receive_reason(sock: socket.socket, frame: Frame) -> str:
+    """Read the payload of a REFUSE frame."""
+    raw = bytearray(frame.length)
+    receive_into(sock, memoryview(raw))
+    return raw.decode(errors="replace")
+
+
+def refuse(sock: socket.socket, owner: int, version: VersionId, reason: str) -> None:
+    """Send a REFUSE frame with its reason."""
+    payload = reason.encode()[:MAX_REASON_BYTES]
+    send(sock, Frame(Kind.REFUSE, owner, version, length=len(payload)), payload)
+
+
+def connect(address: tuple[str, int], job: str, secret: bytes, machine: int, *, timeout_s: float) -> socket.socket:
+    """Open an authenticated connection to another agent's replica server.
+
+    Raises:
+        AuthenticationError: The other side does not know the secret, or is of another job.
+        OSError: It cannot be reached.
+    """
+    sock = socket.create_connection(address, timeout=HANDSHAKE_TIMEOUT_S)
+    try:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        nonce = secrets.token_bytes(32)
+        sock.sendall(_HELLO.pack(_MAGIC, PROTOCOL, machine, _job_digest(job), nonce))
+        reply = _read_handshake(sock, _PROOF.size, address)
+        their_nonce, proof = _PROOF.unpack(reply)
+        if not hmac.compare_digest(proof, _proof(secret, b"server", nonce, their_nonce)):
+            raise AuthenticationError(f"the agent at {address[0]}:{address[1]} does not know this job's secret")
+        sock.sendall(_proof(secret, b"client", nonce, their_nonce))
+        sock.settimeout(timeout_s)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def accept(sock: socket.socket, job: str, secret: bytes, *, timeout_s: float | None) -> int:
+    """Authenticate a connection that another agent opened; returns its machine rank.
+
+    Raises:
+        AuthenticationError: The peer does not know the secret, or is of another job or protocol.
+    """
+    sock.settimeout(HANDSHAKE_TIMEOUT_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    peer = sock.getpeername()
+    raw = _read_handshake(sock, _HELLO.size, peer)
+    magic, protocol, machine, job_digest, nonce = _HELLO.unpack(raw)
+    if magic != _MAGIC or protocol != PROTOCOL:
+        raise AuthenticationError(f"{peer}: not an agent of this version (protocol {PROTOCOL})")
+    if job_digest != _job_digest(job):
+        raise AuthenticationError(f"{peer}: an agent of another job")
+    own_nonce = secrets.token_bytes(32)
+    sock.sendall(_PROOF.pack(own_nonce, _proof(secret, b"server", nonce, own_nonce)))
+    proof = _read_handshake(sock, 32, peer)
+    if not hmac.compare_digest(proof, _proof(secret, b"client", nonce, own_nonce)):
+        raise AuthenticationError(f"{peer}: does not know this job's secret")
+    sock.settimeout(timeout_s)
+    return int(machine)
+
+
+def _read_handshake(sock: socket.socket, size: int, peer: object) -> bytes:
+    raw = bytearray(size)
+    try:
+        receive_into(sock, memoryview(raw), eof_ok=True)
+    except (EOFError, ConnectionError, TimeoutError) as error:
+        raise AuthenticationError(f"{peer}: closed or silent during the handshake (another job or secret?)") from error
+    return bytes(raw)
+
+
+def _proof(secret: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
+    return hmac.digest(secret, role + client_nonce + server_nonce, "sha256")
+
+
+def _job_digest(job: str) -> bytes:
+    return hashlib.blake2b(job.encode(), digest_size=16).digest()

@@ -1,0 +1,78 @@
+"""The error tree of the package.
+
+::
+
+    GeminiError
+    ├── ConfigurationError        a setting is impossible; raised before training starts
+    │   └── PlacementError        replicas or machines outside the possible range
+    ├── CapacityError             host memory cannot hold the buffers
+    ├── IntegrityError            stored or received bytes do not match their checksum
+    ├── ProtocolError             a peer or worker spoke out of turn, too long, or for another job
+    │   └── AuthenticationError   the peer does not know the job's secret
+    ├── AgentError                the machine's agent is missing, of another job, or of another version
+    ├── RestoreError              no version can be restored, or the stored state does not fit the model
+    │   └── LayoutMismatchError   the stored state belongs to another model or world size
+    └── PersistError              the persistent tier cannot be written or read
+
+Every message says what was expected, what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AgentError",
+    "AuthenticationError",
+    "CapacityError",
+    "ConfigurationError",
+    "GeminiError",
+    "IntegrityError",
+    "LayoutMismatchError",
+    "PersistError",
+    "PlacementError",
+    "ProtocolError",
+    "RestoreError",
+]
+
+
+class GeminiError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigurationError(GeminiError, ValueError):
+    """A setting is impossible."""
+
+
+class PlacementError(ConfigurationError):
+    """Replicas or machines are outside the possible range."""
+
+
+class CapacityError(GeminiError, MemoryError):
+    """Host memory cannot hold the checkpoint buffers."""
+
+
+class IntegrityError(GeminiError):
+    """Bytes do not match their checksum."""
+
+
+class ProtocolError(GeminiError, ConnectionError):
+    """A peer or worker spoke out of turn, too long, or for another job."""
+
+
+class AuthenticationError(ProtocolError):
+    """The peer does not know the job's secret."""
+
+
+class AgentError(GeminiError, ConnectionError):
+    """The machine's agent is missing, of another job, or of another version."""
+
+
+class RestoreError(GeminiError):
+    """No version can be restored."""
+
+
+class LayoutMismatchError(RestoreError):
+    """The stored state belongs to another model or world size."""
+
+
+class PersistError(GeminiError, OSError):
+    """The persistent tier cannot be written or read."""

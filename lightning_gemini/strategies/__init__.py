@@ -1,0 +1,1 @@
+"""The Lightning strategy, and what it knows about DeepSpeed's ZeRO state."""

@@ -1,0 +1,245 @@
+"""The strategy: DeepSpeed's ZeRO under Lightning, on GPU or CPU, with its state kept in the cluster's memory."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_gemini.callbacks.data_position import batches_in_flight, exactness_warning, make_resumable
+from lightning_gemini.callbacks.gemini_checkpoint import GeminiCheckpoint
+from lightning_gemini.callbacks.job_state import JobState
+from lightning_gemini.callbacks.peer_memory import AGENT_VARIABLE
+from lightning_gemini.callbacks.ranks import RankIdentity
+from lightning_gemini.config import CheckpointConfig
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch.strategies.strategy_registry import _StrategyRegistry
+
+log = logging.getLogger(__name__)
+
+RESTORED = "gemini_restored"
+_DEFAULTS = CheckpointConfig()
+
+
+class GeminiStrategy(DeepSpeedStrategy):
+    """Checkpoints into memory every iteration, and resumes from it by itself.
+
+    Args:
+        *args: Arguments of :class:`~lightning.pytorch.strategies.DeepSpeedStrategy`; ``stage`` is 3 by default.
+        replicas: Copies of every rank's state, its own included; by default 2, or 1 on a single machine.
+        placement: Which machines hold whose copies: ``"mixed"``, ``"group"`` or ``"ring"``.
+        checkpoint_every: Optimizer steps between two versions; 0 turns checkpoints and restoring off.
+        commit_wait_s: Longest wait of a step for its predecessor's replicas before a version is skipped.
+        persist_dir: Directory of the persistent tier, shared by all machines; by default inside the run directory, or
+            under ``Trainer(default_root_dir=...)``.
+        persist_every_s: Seconds between two persistent checkpoints; 0 turns that tier off.
+        transport: How copies travel; ``"tcp"``.
+        idle_timeout_s: Without ``lightning-gemini run``: seconds after which an unused agent frees the memory.
+        **kwargs: See ``*args``.
+
+    Raises:
+        ConfigurationError: A setting is impossible; always before training starts.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        replicas: int | None = None,
+        placement: str = _DEFAULTS.placement,
+        checkpoint_every: int = _DEFAULTS.checkpoint_every,
+        commit_wait_s: float = _DEFAULTS.commit_wait_s,
+        persist_dir: str | os.PathLike[str] | None = None,
+        persist_every_s: float = _DEFAULTS.persist_every_s,
+        transport: str = _DEFAULTS.transport,
+        idle_timeout_s: float = _DEFAULTS.idle_timeout_s,
+        **kwargs: Any,
+    ) -> None:
+        if len(args) < 3:  # DeepSpeedStrategy's third positional argument
+            kwargs.setdefault("stage", 3)
+        super().__init__(*args, **kwargs)
+        self.checkpoint_config = CheckpointConfig(
+            replicas=replicas,
+            placement=placement,
+            checkpoint_every=checkpoint_every,
+            commit_wait_s=commit_wait_s,
+            persist_dir=Path(persist_dir) if persist_dir is not None else None,
+            persist_every_s=persist_every_s,
+            transport=transport,
+            idle_timeout_s=idle_timeout_s,
+        )
+        self.job_state: JobState | None = None
+        self._snapshotting = False
+
+    # -- DeepSpeed on the CPU --------------------------------------------------------------------------------------
+
+    @property
+    def _on_cuda(self) -> bool:
+        return isinstance(self.accelerator, CUDAAccelerator)
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        """The devices of this machine; CPU "devices" are numbered, as DeepSpeedStrategy expects of any device.
+
+        Under ``lightning-gemini run`` the command line says how many ranks and machines there are, whatever the script says.
+        """
+        return super().parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        if devices:
+            count = int(os.environ["LOCAL_WORLD_SIZE"]) if _launched() else len(devices)
+            on_cpu = all(device.type == "cpu" for device in devices)
+            devices = [torch.device("cpu", index) for index in range(count)] if on_cpu else devices[:count]
+        DeepSpeedStrategy.parallel_devices.fset(self, devices)  # type: ignore[attr-defined]
+
+    @property
+    def num_nodes(self) -> int:
+        """The number of machines."""
+        return super().num_nodes
+
+    @num_nodes.setter
+    def num_nodes(self, num_nodes: int) -> None:
+        if _launched():
+            num_nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        DeepSpeedStrategy.num_nodes.fset(self, num_nodes)  # type: ignore[attr-defined]
+
+    @property
+    def root_device(self) -> torch.device:
+        """This rank's device."""
+        return super().root_device if self._on_cuda else torch.device("cpu", self.local_rank)
+
+    def setup_environment(self) -> None:
+        """Accept the CPU too, and add the callback if the user did not."""
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if not any(isinstance(callback, GeminiCheckpoint) for callback in trainer.callbacks):
+            trainer.callbacks.append(GeminiCheckpoint())
+        if self._on_cuda:
+            super().setup_environment()
+            return
+        _use_cpu_in_deepspeed()
+        super(DeepSpeedStrategy, self).setup_environment()  # skips only the check for CUDA
+
+    def setup_distributed(self) -> None:
+        """Join the other ranks, and leave them in order at exit."""
+        # DeepSpeed calls collectives by names that torch 2.13 deprecates: one line a call, hundreds a second
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+        super().setup_distributed()
+        atexit.register(_leave_process_group)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Initialise the engine, then look for this job's state in memory and in the persistent tier."""
+        super().setup(trainer)
+        if trainer.state.fn != TrainerFn.FITTING or not self.checkpoint_config.checkpoint_every:
+            return
+        self.job_state = JobState(self.checkpoint_config, self.deepspeed_engine, self._identity(), trainer.default_root_dir)
+        checkpoint = self.job_state.find()
+        if checkpoint is not None:
+            # Lightning restores from here on as from any checkpoint, unless the user's `ckpt_path` replaces it.
+            trainer._checkpoint_connector._loaded_checkpoint = {**checkpoint, RESTORED: True}
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load the user's ``ckpt_path``; it wins over memory, except when this run itself is being carried on."""
+        state = self.job_state
+        if state is not None and state.found is not None:
+            if state.is_restart:
+                log.info("carrying on from version %d; ckpt_path=%s was where this run began",
+                         state.found.version, checkpoint_path)
+                assert self.lightning_module is not None
+                return self.lightning_module.trainer._checkpoint_connector._loaded_checkpoint
+            log.warning("ckpt_path=%s wins over version %d that memory or the persistent tier holds",
+                        checkpoint_path, state.found.version)
+            state.decline()
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the engine's state from the found shard when it is that checkpoint that Lightning restores."""
+        if checkpoint.get(RESTORED) and self.job_state is not None:
+            self.job_state.restore()
+        else:
+            super().load_model_state_dict(checkpoint, strict=strict)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The module's state; kept for the snapshot that asked for it."""
+        state: dict[str, Any] = super().lightning_module_state_dict()
+        if self._snapshotting and self.job_state is not None:
+            self.job_state.module_state = dict(state)
+        return state
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """The optimizer's state; a snapshot takes it from the engine instead."""
+        return {} if self._snapshotting else super().optimizer_state(optimizer)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Make training loaders go on exactly where they were."""
+        dataloader = super().process_dataloader(dataloader)
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if not trainer.training:
+            return dataloader
+        if self.global_rank == 0 and (warning := exactness_warning(dataloader)) is not None:
+            log.warning(warning)
+        return make_resumable(dataloader, lambda: batches_in_flight(trainer))
+
+    def teardown(self) -> None:
+        """Let go of the agent."""
+        state, self.job_state = self.job_state, None
+        if state is not None:
+            state.close()
+        super().teardown()
+
+    @classmethod
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        """Make ``gemini`` and its stages known to the Trainer."""
+        strategy_registry.register("gemini", cls, description="ZeRO-3 with in-memory checkpoints", stage=3)
+        for stage in (1, 2, 3):
+            description = f"ZeRO-{stage} with in-memory checkpoints"
+            strategy_registry.register(f"gemini_stage_{stage}", cls, description=description, stage=stage)
+        strategy_registry.register(
+            "gemini_stage_3_offload",
+            cls,
+            description="ZeRO-3 with CPU offload and in-memory checkpoints",
+            stage=3,
+            offload_optimizer=True,
+            offload_parameters=True,
+        )
+
+    def _identity(self) -> RankIdentity:
+        nproc = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
+        return RankIdentity(self.global_rank, self.local_rank, self.global_rank // nproc, nproc, self.world_size // nproc)
+
+
+def _launched() -> bool:
+    return AGENT_VARIABLE in os.environ
+
+
+def _use_cpu_in_deepspeed() -> None:
+    """DeepSpeed picks its accelerator once a process; the Trainer's choice counts."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    if get_accelerator().device_name() != "cpu":
+        set_accelerator(CPU_Accelerator())
+    # Serves inference only, and would be compiled at the first start: half a minute, and a compiler.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _leave_process_group() -> None:
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

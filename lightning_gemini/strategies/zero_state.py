@@ -1,0 +1,229 @@
+"""What a ZeRO rank must keep to go on exactly, in DeepSpeed's own terms.
+
+A rank's shard holds the very dictionaries that DeepSpeed would write to this rank's checkpoint files, so that the persistent
+tier is an ordinary DeepSpeed checkpoint and restoring goes through DeepSpeed's own ``load_state_dict``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from lightning_gemini.errors import ConfigurationError, LayoutMismatchError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+
+
+def require_supported(engine: DeepSpeedEngine) -> None:
+    """Refuse what cannot be checkpointed from memory.
+
+    Raises:
+        ConfigurationError: ZeRO is off, state lives on NVMe, or elastic checkpoints are on.
+    """
+    if not engine.zero_optimization():
+        raise ConfigurationError("strategy 'gemini' needs ZeRO stage 1, 2 or 3; use GeminiStrategy(stage=...)")
+    if engine.zero_nvme_offload_optimizer() or _offloads_to_nvme(engine):
+        raise ConfigurationError(
+            "optimizer or parameter offload to NVMe cannot be checkpointed from memory; offload to 'cpu' instead"
+        )
+    if engine.zero_elastic_checkpoint():
+        raise ConfigurationError("zero_optimization.elastic_checkpoint must be off: it needs every rank's state on every rank")
+
+
+def _offloads_to_nvme(engine: DeepSpeedEngine) -> bool:
+    offload = engine.zero_offload_param()
+    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme"
+
+
+class ZeroState:
+    """Captures and restores one rank's ZeRO state.
+
+    Args:
+        engine: The initialised engine.
+    """
+
+    def __init__(self, engine: DeepSpeedEngine) -> None:
+        require_supported(engine)
+        self._engine = engine
+        self.partitioned = bool(engine.zero_optimization_partition_weights())
+        self._constant = torch.frombuffer(bytearray(pickle.dumps(self._constant_state())), dtype=torch.uint8)
+
+    @property
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that mutates the state; its step hooks fire once a real step."""
+        optimizer: torch.optim.Optimizer = self._engine.optimizer.optimizer
+        return optimizer
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes of this rank's fp32 master weights."""
+        optimizer = self._engine.optimizer
+        name = "fp32_partitioned_groups_flat" if self.partitioned else "single_partition_of_fp32_groups"
+        return sum(group.numel() * group.element_size() for group in getattr(optimizer, name))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed, skipped ones included: the version."""
+        return int(self._engine.global_steps)
+
+    @property
+    def at_boundary(self) -> bool:
+        """Whether no gradients are half accumulated."""
+        return int(self._engine.micro_steps) % int(self._engine.gradient_accumulation_steps()) == 0
+
+    def capture(self, module_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """References to everything that this rank would write to disk.
+
+        Args:
+            module_state: The module's ``state_dict()``, on this rank.
+
+        Returns:
+            State that stays unchanged until the next optimizer step, and state that a forward pass may change.
+        """
+        engine = self._engine
+        buffers = {name for name, _ in engine.module.named_buffers()}
+        writes_weights = self.partitioned or dist.get_rank() == 0
+        parameters = {name: value for name, value in module_state.items() if name not in buffers}
+        if self.partitioned:  # the weights are in the optimizer's partitions; DeepSpeed keeps empty placeholders
+            parameters = {name: value.new_empty(0) for name, value in parameters.items()}
+        stable = {
+            "optimizer": engine.optimizer.state_dict(),
+            "parameters": parameters if writes_weights else None,
+            "frozen": engine._get_zero_frozen_param_attributes(_fragment) if self.partitioned else None,
+            "constant": self._constant,
+        }
+        volatile = {
+            "buffers": {name: value for name, value in module_state.items() if name in buffers},
+            "counters": {name: getattr(engine, name) for name in _COUNTERS},
+            "module_order": list(module_state),
+        }
+        return stable, volatile
+
+    @staticmethod
+    def files(stable: dict[str, Any], volatile: dict[str, Any], client_state: dict[str, Any]) -> dict[str, Any]:
+        """A restored or captured shard as the files of a DeepSpeed checkpoint directory: name to content."""
+        constant = constant_of(stable)
+        files = {constant["optimizer_file"]: {"optimizer_state_dict": stable["optimizer"], **constant["versions"]}}
+        if stable["parameters"] is not None:
+            module = {**stable["parameters"], **volatile["buffers"]}
+            ordered = {name: module[name] for name in volatile["module_order"]}
+            frozen = stable["frozen"]
+            if frozen is None and (names := constant["model_states"]["frozen_param_shapes"]) is not None:
+                frozen = {name: module[name] for name in names}
+            files[constant["model_file"]] = {
+                **constant["model_states"],
+                "module": ordered,
+                "frozen_param_fragments": frozen,
+                **volatile["counters"],
+                **client_state,
+            }
+        return files
+
+    def check(self, stable: dict[str, Any]) -> None:
+        """Compare a stored shard with this process's model.
+
+        Raises:
+            LayoutMismatchError: They differ; the message names the first difference.
+        """
+        stored, here = constant_of(stable)["fingerprint"], self._fingerprint()
+        for name, expected in stored.items():
+            if here[name] != expected:
+                raise LayoutMismatchError(
+                    f"the stored state does not fit this run: {name} was {_first_difference(expected, here[name])}; "
+                    "go back to that model, or discard the stored state ('lightning-gemini stop', or another persist_dir)"
+                )
+
+    def restore(self, stable: dict[str, Any], volatile: dict[str, Any]) -> None:
+        """Load a rank's shard into the engine. Collective: every rank calls it with the same version."""
+        engine = self._engine
+        prologue = getattr(engine.optimizer, "checkpoint_event_prologue", None)
+        if prologue is not None:
+            prologue()
+        parameters = stable["parameters"]
+        if not self.partitioned:
+            parameters = self._broadcast_parameters(parameters)
+        engine.load_module_state_dict(
+            {"module": {**parameters, **volatile["buffers"]}, "frozen_param_fragments": stable["frozen"]}, strict=True
+        )
+        for name, value in volatile["counters"].items():
+            setattr(engine, name, value)
+        rank = dist.get_rank(group=engine.optimizer.dp_process_group)
+        states: list[Any] = [None] * dist.get_world_size(group=engine.optimizer.dp_process_group)
+        states[rank] = stable["optimizer"]
+        engine.optimizer.load_state_dict(
+            state_dict_list=states,
+            load_optimizer_states=True,
+            load_from_fp32_weights=engine.zero_load_from_fp32_weights(),
+        )
+        epilogue = getattr(engine.optimizer, "checkpoint_event_epilogue", None)
+        if epilogue is not None:
+            epilogue()
+
+    def _broadcast_parameters(self, parameters: dict[str, Any] | None) -> dict[str, Any]:
+        """Stages 1 and 2 keep the full weights in rank 0's shard alone; hand them to everybody."""
+        device = self._engine.device
+        received: dict[str, Any] = {}
+        for name, live in self._engine.module.state_dict().items():
+            if name in {buffer for buffer, _ in self._engine.module.named_buffers()}:
+                continue
+            value = parameters[name].to(device) if parameters is not None else torch.empty_like(live)
+            dist.broadcast(value, src=0)
+            received[name] = value
+        return received
+
+    def _constant_state(self) -> dict[str, Any]:
+        """What never changes during a run: the rest of DeepSpeed's files, and a fingerprint of the model."""
+        engine = self._engine
+        common = engine._common_checkpoint_state({}, True, False)
+        for name in ("module", "optimizer", "lr_scheduler", *_COUNTERS):
+            common.pop(name, None)
+        if self.partitioned or engine.zero_optimization_partition_gradients():
+            common["frozen_param_shapes"] = engine._get_zero_frozen_param_attributes(engine._get_param_shape_func)
+        # Lightning has taken the scheduler away from the engine, and restores it itself.
+        common.update(optimizer=None, lr_scheduler=None)
+        return {
+            "model_states": common,
+            "versions": {"ds_config": common["ds_config"], "ds_version": common["ds_version"]},
+            "optimizer_file": os.path.basename(engine._get_zero_ckpt_name("", "")),
+            "model_file": os.path.basename(engine._get_ckpt_name("", "")),
+            "fingerprint": self._fingerprint(),
+        }
+
+    def _fingerprint(self) -> dict[str, Any]:
+        engine = self._engine
+        shapes = engine._get_zero_param_shapes()
+        return {
+            "world size": dist.get_world_size(),
+            "ZeRO stage": int(engine.zero_optimization_stage()),
+            "precision": str(next(engine.module.parameters()).dtype),
+            "optimizer": type(self.base_optimizer).__name__,
+            "parameters": [f"{name} {tuple(shape)}" for group in shapes for name, shape in group.items()],
+            "buffers": sorted(engine._get_buffer_names()),
+        }
+
+
+def constant_of(stable: dict[str, Any]) -> dict[str, Any]:
+    """The constant part of a shard, which travels as bytes like a tensor so that it is pickled once a run."""
+    constant: dict[str, Any] = pickle.loads(stable["constant"].numpy().tobytes())
+    return constant
+
+
+def _fragment(parameter: Any) -> torch.Tensor:
+    fragment: torch.Tensor = parameter.ds_tensor.detach() if hasattr(parameter, "ds_id") else parameter.detach()
+    return fragment
+
+
+def _first_difference(expected: Any, found: Any) -> str:
+    if isinstance(expected, list) and isinstance(found, list):
+        for index, (old, new) in enumerate(zip(expected, found, strict=False)):
+            if old != new:
+                return f"'{old}' at place {index} and is '{new}' now"
+        return f"{len(expected)} entries and is {len(found)} now"
+    return f"{expected!r} and is {found!r} now"

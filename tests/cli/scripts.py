@@ -1,0 +1,33 @@
+"""Scripts that the runs of these tests train: no torch, so that a cluster is up in a second."""
+
+from __future__ import annotations
+
+STEADY = """
+import os, signal, sys, time
+rank, generation = os.environ["RANK"], int(os.environ["LIGHTNING_GEMINI_GENERATION"])
+print(f"rank {rank} generation {generation}", flush=True)
+until = int(sys.argv[1])  # the generation that is allowed to finish
+time.sleep(0.3 if generation >= until else 300)
+print(f"rank {rank} done", flush=True)
+"""
+
+ENVIRONMENT = """
+import json, os, sys
+json.dump({"env": dict(os.environ), "argv": sys.argv}, open(f"{sys.argv[1]}/{os.environ['RANK']}.json", "w"))
+"""
+
+FAILING = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    raise RuntimeError("the model is broken")
+time.sleep(60)
+"""
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.SIG_IGN)
+child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+print("child", child.pid, flush=True)
+time.sleep(300)
+"""

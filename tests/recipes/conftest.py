@@ -1,0 +1,8 @@
+"""Recipes are scripts: they import each other as neighbours."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))

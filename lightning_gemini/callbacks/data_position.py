@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gemini.callbacks.resumable_loader import (
     Resumable,
-    ResumableDataLoader,
-    ResumableStateful,
     StatefulProxy,
+    map_style_class,
+    stateful_class,
     swap_class,
 )
 
@@ -48,9 +48,9 @@ def make_resumable(loader: object, in_flight: Callable[[], int]) -> object:
         loader._gemini_tracker.in_flight = in_flight
         return loader
     if _has_state(loader):
-        return swap_class(loader, ResumableStateful, in_flight) or StatefulProxy(loader, in_flight)
+        return swap_class(loader, stateful_class, in_flight) or StatefulProxy(loader, in_flight)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        return swap_class(loader, ResumableDataLoader, in_flight) or loader
+        return swap_class(loader, map_style_class, in_flight) or loader
     return loader
 
 

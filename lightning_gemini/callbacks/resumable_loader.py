@@ -1,4 +1,7 @@
-"""The classes that loaders get when they are made resumable: thin, everything else is the loader's own."""
+"""The classes that loaders get when they are made resumable: thin, everything else is the loader's own.
+
+Python swaps the class of an object only for one whose first base is the class that it has, so each is made to measure.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,10 @@ import copy
 import copyreg
 import functools
 import itertools
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -26,7 +28,7 @@ from lightning_gemini.callbacks.position_tracker import (
 from lightning_gemini.callbacks.random_state import RandomState, find_random_sources
 from lightning_gemini.errors import RestoreError
 
-__all__ = ["Resumable", "ResumableDataLoader", "ResumableStateful", "StatefulProxy", "swap_class"]
+__all__ = ["Resumable", "StatefulProxy", "map_style_class", "stateful_class", "swap_class"]
 
 _KEY = "lightning_gemini"
 _INNER = "inner"
@@ -36,7 +38,7 @@ _END = object()
 class Resumable:
     """What a resumable loader has of its own."""
 
-    __slots__ = ()  # Python swaps classes only where that changes nothing in the objects' layout
+    __slots__ = ()
     _gemini_ordinary_class: type
     _gemini_position: PositionTracker | None = None
 
@@ -58,67 +60,63 @@ class Resumable:
         return function, (self._gemini_ordinary_class, *arguments), state, *rest
 
 
-class ResumableDataLoader(Resumable, DataLoader[Any]):
-    """Goes before a map-style DataLoader class; on resume skips index batches, so that nothing is loaded in vain."""
+@functools.cache
+def map_style_class(ordinary: Any) -> type:
+    """A subclass of a map-style DataLoader class which on resume skips index batches, so nothing is loaded in vain."""
 
-    __slots__ = ()
+    class ResumableDataLoader(ordinary, Resumable):  # type: ignore[misc]
+        __slots__ = ()
+        __doc__ = ordinary.__doc__
+        _gemini_ordinary_class = ordinary
 
-    def __iter__(self) -> Any:
-        cursor = self._gemini_tracker.begin(find_random_sources(self), self.num_workers > 0, _length(self))
-        return CountedBatches(super().__iter__(), self._gemini_tracker, cursor, _nothing)
+        def __iter__(self) -> Any:
+            cursor = self._gemini_tracker.begin(find_random_sources(self), self.num_workers > 0, _length(self))
+            return CountedBatches(super().__iter__(), self._gemini_tracker, cursor, _nothing)
 
-    def _get_iterator(self) -> Any:
-        with self._gemini_tracker.creation():
-            return super()._get_iterator()
+        def _get_iterator(self) -> Any:
+            with self._gemini_tracker.creation():
+                return super()._get_iterator()
 
-    @property
-    def _index_sampler(self) -> Any:
-        sampler = super()._index_sampler
-        return TrackedSampler(sampler, self._gemini_tracker) if self._gemini_tracker.creating else sampler
+        @property
+        def _index_sampler(self) -> Any:
+            sampler = super()._index_sampler
+            return TrackedSampler(sampler, self._gemini_tracker) if self._gemini_tracker.creating else sampler
 
-    def state_dict(self) -> dict[str, Any]:
-        """The position before the batches in flight, in plain values."""
-        position = self._gemini_tracker.position(find_random_sources(self), _length(self), _nothing)
-        return {_KEY: {"loader": "map-style", "batches": _length(self), **position.to_plain()}}
+        def state_dict(self) -> dict[str, Any]:
+            """The position before the batches in flight, in plain values."""
+            position = self._gemini_tracker.position(find_random_sources(self), _length(self), _nothing)
+            return {_KEY: {"loader": "map-style", "batches": _length(self), **position.to_plain()}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Makes the next ``iter`` go on at a position.
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """Makes the next ``iter`` go on at a position; raises RestoreError for the state of another kind."""
+            position = _map_style_position(ordinary.__name__, _length(self), state_dict)
+            self._iterator = None  # persistent workers would go on with the order that they have
+            self._gemini_tracker.load(position)
 
-        Raises:
-            RestoreError: the state is that of another kind of loader.
-        """
-        plain = state_dict.get(_KEY, {})
-        if plain.get("loader") != "map-style":
-            raise RestoreError(
-                f"expected the position of a map-style {self._gemini_ordinary_class.__name__}, found a state with the"
-                f" keys {sorted(state_dict)}, of another kind of loader; resume with the kind that the run began with"
-            )
-        if plain["batches"] != _length(self):
-            warnings.warn(
-                f"the train loader had {plain['batches']} batches per epoch when the checkpoint was taken and has"
-                f" {_length(self)} now: it goes on after {plain['delivered']} batches, but not with the same data."
-                " Use the same data set, batch size and number of processes to resume exactly.",
-                stacklevel=2,
-            )
-        self._iterator = None  # persistent workers would go on with the order that they have
-        self._gemini_tracker.load(Position.from_plain(plain))
+    return _named_like(ordinary, ResumableDataLoader)
 
 
-class ResumableStateful(Resumable):
-    """Goes before the class of a loader with state of its own, which is read before every fetch."""
+@functools.cache
+def stateful_class(ordinary: Any) -> type:
+    """A subclass of a class of loaders with state of their own, which is read before every fetch."""
 
-    __slots__ = ()
+    class ResumableStateful(ordinary, Resumable):  # type: ignore[misc]
+        __slots__ = ()
+        __doc__ = ordinary.__doc__
+        _gemini_ordinary_class = ordinary
 
-    def __iter__(self) -> Any:
-        return _iterate_stateful(self, self._gemini_tracker, super().__iter__, super().state_dict)  # type: ignore[misc]
+        def __iter__(self) -> Any:
+            return _iterate_stateful(self, self._gemini_tracker, super().__iter__, super().state_dict)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The loader's own state before the batches in flight, and the random state beside it."""
-        return _stateful_state(self, self._gemini_tracker, super().state_dict)  # type: ignore[misc]
+        def state_dict(self) -> dict[str, Any]:
+            """The loader's own state before the batches in flight, and the random state beside it."""
+            return _stateful_state(self, self._gemini_tracker, super().state_dict)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads the loader's own state now; the random state is put back when iteration begins."""
-        super().load_state_dict(_load_stateful(self._gemini_tracker, state_dict))  # type: ignore[misc]
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            """Loads the loader's own state now; the random state is put back when iteration begins."""
+            super().load_state_dict(_load_stateful(self._gemini_tracker, state_dict))
+
+    return _named_like(ordinary, ResumableStateful)
 
 
 class StatefulProxy:
@@ -150,31 +148,40 @@ class StatefulProxy:
         self._loader.load_state_dict(_load_stateful(self._gemini_tracker, state_dict))
 
 
-def swap_class(loader: Any, mixin: Any, in_flight: Callable[[], int]) -> object | None:
-    """Puts `mixin` before the class of a loader; None if Python does not allow that."""
+def swap_class(loader: Any, make_class: Callable[[Any], type], in_flight: Callable[[], int]) -> object | None:
+    """Gives a loader the class made from its own; None if Python does not allow that."""
     if not hasattr(loader, "__dict__"):
         return None
     try:
-        loader.__class__ = _resumable_class(mixin, cast(Any, type(loader)))
+        loader.__class__ = make_class(type(loader))
     except TypeError:
         return None
     loader._gemini_position = PositionTracker(in_flight)
-    if mixin is ResumableDataLoader and loader._iterator is not None:  # persistent workers that are in use already
+    if make_class is map_style_class and loader._iterator is not None:  # persistent workers that are in use already
         loader._iterator._index_sampler = TrackedSampler(loader._iterator._index_sampler, loader._gemini_tracker)
     return loader  # type: ignore[no-any-return]
 
 
-@functools.cache
-def _resumable_class(mixin: Any, ordinary: Any) -> type:
-    namespace = {
-        "__slots__": (),
-        "_gemini_ordinary_class": ordinary,
-        "__module__": ordinary.__module__,
-        "__doc__": ordinary.__doc__,
-    }
-    return types.new_class(
-        f"Resumable{ordinary.__name__}", (mixin, ordinary), exec_body=lambda body: body.update(namespace)
-    )
+def _named_like(ordinary: type, made: type) -> type:
+    made.__name__ = made.__qualname__ = f"Resumable{ordinary.__name__}"
+    return made
+
+
+def _map_style_position(name: str, length: int | None, state: dict[str, Any]) -> Position:
+    plain = state.get(_KEY, {})
+    if plain.get("loader") != "map-style":
+        raise RestoreError(
+            f"expected the position of a map-style {name}, found a state with the keys {sorted(state)}, of another kind"
+            " of loader; resume with the kind that the run began with"
+        )
+    if plain["batches"] != length:
+        warnings.warn(
+            f"the train loader had {plain['batches']} batches per epoch when the checkpoint was taken and has"
+            f" {length} now: it goes on after {plain['delivered']} batches, but not with the same data."
+            " Use the same data set, batch size and number of processes to resume exactly.",
+            stacklevel=3,
+        )
+    return Position.from_plain(plain)
 
 
 def _length(loader: Any) -> int | None:

@@ -210,7 +210,7 @@ class MachineAgent:
         }
 
     def _connect(self, peer: Peer) -> TcpTransport:
-        return TcpTransport(peer, self.settings.job, self._secret, self.settings.machine)
+        return TcpTransport(peer, self.settings.job, self._secret, self.settings.machine, self._store.generation)
 
     # -- workers -----------------------------------------------------------------------------------------------------
 

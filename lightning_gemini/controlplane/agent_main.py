@@ -50,8 +50,9 @@ def main() -> int:
         signal.signal(number, lambda *_: agent.stop())
     try:
         agent.run()
-    except (GeminiError, OSError):
+    except (GeminiError, OSError) as error:
         _log.exception("the agent failed")
+        sys.stderr.write(f"agent of node {settings.machine}: {error}\n")
         return 1
     finally:
         store.close()

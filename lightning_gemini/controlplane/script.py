@@ -40,6 +40,7 @@ def exit_code_of(run: Callable[[], None]) -> int:
     except SystemExit as leave:
         if leave.code is None or isinstance(leave.code, int):
             return (leave.code or 0) & 0xFF
+        sys.stderr.write(f"{leave.code}\n")
         return 1
     except BaseException:
         sys.excepthook(*sys.exc_info())

@@ -70,6 +70,8 @@ class Terminal:
 
     def say(self, message: str) -> None:
         """Writes one line of our own."""
+        sys.stderr.write(f"[lightning-gemini] {message}\n")
+        sys.stderr.flush()
 
     def show_failure(self) -> None:
         """Shows the last output of the rank that failed first, if it is not rank 0, which was shown all along."""
@@ -79,7 +81,9 @@ class Terminal:
         path = self._run_dir / "logs" / f"node{first['node']}-rank{first['rank']}.out"
         if path.exists():
             self.say(f"last lines of rank {first['rank']} ({path}):")
-            path.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+            lines = path.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+            sys.stderr.write("".join(f"    {line}\n" for line in lines))
+            sys.stderr.flush()
 
     def _show(self, event: dict[str, Any]) -> None:
         name = event["event"]

@@ -320,14 +320,16 @@ class WorkerAgent:
         elif isinstance(message, PoolLost):
             self._pool_ended(message)
         elif message["event"] == "started":
-            self._worker_started()
+            self._worker_started(message["token"])
         else:
             self._pool_losses = 0
             for warning in message["warnings"]:
                 _log.warning("%s", warning)
             _log.info("warm pool ready after %.1f s", message["seconds"])
 
-    def _worker_started(self) -> None:
+    def _worker_started(self, token: str) -> None:
+        if token not in self._ranks:
+            return  # of a generation that is over
         pids = {self._ranks[token]: pid for pid, token in self._pool.workers().items() if token in self._ranks}
         if len(pids) == len(self._ranks):
             self._events.append("workers_started", pids=[pids[rank] for rank in sorted(pids)])

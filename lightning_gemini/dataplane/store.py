@@ -108,10 +108,12 @@ class ShardStore:
 
     # -- what happens to versions ------------------------------------------------------------------------------------
 
-    def replica_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer | None:
+    def replica_target(
+        self, owner: int, version: VersionId, data_bytes: int, sender_generation: int
+    ) -> Buffer | None:
         """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`. The buffer is begun."""
         with self._lock:
-            self._require_hosted(owner, version)
+            self._require_hosted(owner, sender_generation)
             if self.complete_buffer(owner, version) is not None:
                 return None
             buffer = self._free_buffer(owner, data_bytes)
@@ -168,9 +170,9 @@ class ShardStore:
         for slab in slabs:
             slab.close()
 
-    def _require_hosted(self, owner: int, version: VersionId) -> None:
-        if version.generation < self.generation:
-            raise ProtocolError(f"version of generation {version.generation} is stale, now is {self.generation}")
+    def _require_hosted(self, owner: int, sender_generation: int) -> None:
+        if sender_generation != self.generation:
+            raise ProtocolError(f"is in generation {self.generation}, the sender in {sender_generation}")
         placement = self.placement
         if placement is None or self.nproc_per_machine is None:
             raise ProtocolError("not ready: no worker has said yet how shards are placed")

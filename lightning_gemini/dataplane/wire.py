@@ -25,7 +25,7 @@ HANDSHAKE_TIMEOUT_S = 5.0
 _MAGIC = b"LGGEMINI"
 _HELLO = struct.Struct("<8sHI16s32s")
 _PROOF = struct.Struct("<32s32s")
-_FRAME = struct.Struct("<4sBxxxIQQQQIQ")
+_FRAME = struct.Struct("<4sBxxxIQQQQIQQ")
 _FRAME_MAGIC = b"LGFR"
 
 
@@ -45,7 +45,11 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One frame; ``size`` and ``chunk_bytes`` mean what ``kind`` says."""
+    """One frame; ``size`` and ``chunk_bytes`` mean what ``kind`` says.
+
+    ``sender_generation`` is the generation that the sender is in: one that was declared dead may still be talking, about
+    versions old and new.
+    """
 
     kind: Kind
     owner: int = 0
@@ -54,6 +58,7 @@ class Frame:
     chunk_bytes: int = 0
     length: int = 0
     checksum: int = 0
+    sender_generation: int = 0
 
     def pack(self) -> bytes:
         """The frame as bytes, without its payload."""
@@ -67,6 +72,7 @@ class Frame:
             self.chunk_bytes,
             self.length,
             self.checksum,
+            self.sender_generation,
         )
 
 
@@ -92,10 +98,10 @@ def receive(sock: socket.socket) -> Frame:
     """
     raw = bytearray(_FRAME.size)
     receive_into(sock, memoryview(raw), eof_ok=True)
-    magic, kind, owner, generation, version, size, chunk_bytes, length, checksum = _FRAME.unpack(raw)
+    magic, kind, owner, generation, version, size, chunk_bytes, length, checksum, sender = _FRAME.unpack(raw)
     if magic != _FRAME_MAGIC or kind not in Kind._value2member_map_:
         raise ProtocolError("the peer sent something that is no frame; is another program using this port?")
-    frame = Frame(Kind(kind), owner, VersionId(generation, version), size, chunk_bytes, length, checksum)
+    frame = Frame(Kind(kind), owner, VersionId(generation, version), size, chunk_bytes, length, checksum, sender)
     limit = MAX_CHUNK_BYTES if frame.kind is Kind.CHUNK else MAX_REASON_BYTES
     if length > limit or size > MAX_SHARD_BYTES or chunk_bytes > MAX_CHUNK_BYTES:
         raise ProtocolError(f"the peer announced {length} bytes in a {frame.kind.name} frame, more than is allowed")

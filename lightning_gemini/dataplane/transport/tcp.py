@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import socket
 import threading
@@ -33,17 +34,20 @@ class TcpTransport:
         job: The job's id.
         secret: The job's secret.
         machine: This machine's rank.
+        generation: The generation that this machine is in; the peer refuses one that is over.
     """
 
-    def __init__(self, peer: Peer, job: str, secret: bytes, machine: int) -> None:
+    def __init__(self, peer: Peer, job: str, secret: bytes, machine: int, generation: int) -> None:
         self._peer, self._job, self._secret, self._machine = peer, job, secret, machine
+        self._generation = generation
         self._sock: socket.socket | None = None
 
     def push(self, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool]) -> bool:
         """See :class:`ReplicaTransport`."""
         with _closing_on_error(self):
             sock = self._connected()
-            wire.send(sock, Frame(Kind.BEGIN, buffer.owner, version, buffer.data_bytes, buffer.chunk_bytes))
+            begin = Frame(Kind.BEGIN, buffer.owner, version, buffer.data_bytes, buffer.chunk_bytes)
+            wire.send(sock, dataclasses.replace(begin, sender_generation=self._generation))
             if self._answer(sock, (Kind.WANT, Kind.HAVE)).kind is Kind.HAVE:
                 return True
             finished = send_chunks(sock, buffer, version, still_wanted)
@@ -147,7 +151,9 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
 class ShardHost(Protocol):
     """What the server needs from the agent's store."""
 
-    def replica_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer | None:
+    def replica_target(
+        self, owner: int, version: VersionId, data_bytes: int, sender_generation: int
+    ) -> Buffer | None:
         """The buffer to receive into, or ``None`` if the version is already complete here.
 
         Raises:
@@ -264,7 +270,7 @@ class ReplicaServer:
 
     def _receive_into_store(self, sock: socket.socket, begin: Frame) -> None:
         try:
-            buffer = self._store.replica_target(begin.owner, begin.id, begin.size)
+            buffer = self._store.replica_target(begin.owner, begin.id, begin.size, begin.sender_generation)
         except GeminiError as error:
             wire.refuse(sock, begin.owner, begin.id, str(error))
             return

@@ -6,8 +6,8 @@
 
 Four machines made on this one train GPT-2 on Wikipedia text: without checkpoints; with one every iteration; and so
 again while a worker, then a node, then all nodes of a placement group are killed. Exits with 1 unless the three loss
-curves agree bit for bit and every recovery came from where it should. Results are under ``runs/demo/``: ``report.json``,
-``timeline.png``, ``events.jsonl``.
+curves agree bit for bit and every recovery came from where it should. Results: ``report.json``, ``timeline.png`` and
+``events.jsonl`` under ``runs/demo/``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any, TextIO
 
 import timeline
 from failures import FailureNotInjectedError, Injector, PlannedFailure, plan_failures, replicas
+from hydra.errors import HydraException
 from progress import Progress, Screen
 from report import (
     IncompleteRunError,
@@ -160,7 +161,7 @@ def main(arguments: Sequence[str] | None = None, out: TextIO = sys.stdout) -> in
     chosen.dir.mkdir(parents=True, exist_ok=True)
     try:
         report = Demo(chosen.dir, chosen.overrides, secrets.randbits(32) if chosen.seed is None else chosen.seed).run()
-    except (DemoError, FailureNotInjectedError, IncompleteRunError, GeminiError) as error:
+    except (DemoError, FailureNotInjectedError, IncompleteRunError, GeminiError, HydraException) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -55,7 +55,7 @@ class Injector:
         self._run_dir, self._waiting, self._screen = run_dir, list(planned), screen
 
     def poll(self, progress: Progress) -> None:
-        """Injects the next failure if its step is complete and, for a group's loss, the persistent tier can answer it."""
+        """Injects the next failure if its step is complete; a group's loss waits for a persistent version."""
         if not self._waiting or progress.step < self._waiting[0].at_step:
             return
         if self._waiting[0].kind == "group" and not (self._run_dir / "persistent" / "latest").exists():

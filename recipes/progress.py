@@ -62,7 +62,7 @@ class Progress:
             self._world_size = event["world_size"]
         elif name == "fault_injected":
             self._fault_time, self._restored, self._state = event["time"], [], "stopped"
-        elif name == "failure_detected" and event["kind"] != "none":
+        elif name == "failure_detected":
             after = f" {max(0.0, event['time'] - self._fault_time):.2f} s later" if self._fault_time else ""
             self._state = "recovering"
             yield f"  noticed{after}: {event['detail']}"

@@ -130,9 +130,8 @@ def mean_losses(run: Run) -> list[float]:
 
 def iteration_s(run: Run) -> float:
     """Median seconds between two steps of a rank, without the first few."""
-    gaps: list[float] = [
-        b["time"] - a["time"] for rank in run.steps.values() for a, b in _neighbours(rank[_WARM_UP_STEPS:])
-    ]
+    pairs = [pair for rank in run.steps.values() for pair in _neighbours(rank[_WARM_UP_STEPS:])]
+    gaps: list[float] = [after["time"] - before["time"] for before, after in pairs]
     if not gaps:
         raise IncompleteRunError(f"{run.folder}: too few steps to tell the time of one")
     return statistics.median(gaps)

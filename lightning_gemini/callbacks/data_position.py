@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gemini.callbacks.position_tracker import PositionTracker
 from lightning_gemini.callbacks.resumable_loader import (
     Resumable,
     StatefulProxy,
@@ -20,10 +21,12 @@ from lightning_gemini.callbacks.resumable_loader import (
     swap_class,
 )
 
-__all__ = ["batches_in_flight", "exactness_warning", "make_resumable"]
+__all__ = ["batches_in_flight", "epoch_over", "exactness_warning", "make_resumable"]
 
 
-def make_resumable(loader: object, in_flight: Callable[[], int]) -> object:
+def make_resumable(
+    loader: object, in_flight: Callable[[], int], epoch_over: Callable[[], bool] | None = None
+) -> object:
     """Makes a loader's position part of checkpoints, exact to the batch and to the random number.
 
     The loader stays the same object; its class becomes a subclass of what it was. (A loader whose class cannot be
@@ -32,8 +35,9 @@ def make_resumable(loader: object, in_flight: Callable[[], int]) -> object:
 
     ``state_dict()`` describes the position before the last ``in_flight()`` fetches; after ``load_state_dict`` and
     ``iter`` the next batch is the first of those, its random numbers are the same, and what was delivered before is
-    not loaded again. An epoch that had been delivered in full resumes as one that is exhausted: its iterator stops at
-    once, and the next ``iter`` begins the next epoch.
+    not loaded again. A state taken when the epoch was over makes the next ``iter`` begin the next epoch. Without
+    `epoch_over`, an epoch of known length is over when all its batches have been delivered, unless the iterator has
+    reported its end, too: then it stays at its end, where the first fetch stops at once.
 
     What cannot be told from outside, and is not exact: random numbers which a data set draws *inside worker processes*
     (workers start anew from the epoch's base seed, so augmentations after a resume in mid-epoch differ; the samples and
@@ -43,14 +47,17 @@ def make_resumable(loader: object, in_flight: Callable[[], int]) -> object:
     Args:
         loader: a `DataLoader`, or any other iterable.
         in_flight: how many batches have been fetched but not processed, e.g. `batches_in_flight` of the trainer.
+        epoch_over: whether the consumer is done with the epoch, e.g. `epoch_over` of the trainer. It is needed for a
+            trainer with several loaders or with ``limit_train_batches``, and asked only when nothing is in flight.
     """
     if isinstance(loader, Resumable | StatefulProxy):
-        loader._gemini_tracker.in_flight = in_flight
+        loader._gemini_tracker.in_flight, loader._gemini_tracker.epoch_over = in_flight, epoch_over
         return loader
+    tracker = PositionTracker(in_flight, epoch_over)
     if _has_state(loader):
-        return swap_class(loader, stateful_class, in_flight) or StatefulProxy(loader, in_flight)
+        return swap_class(loader, stateful_class, tracker) or StatefulProxy(loader, tracker)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        return swap_class(loader, map_style_class, in_flight) or loader
+        return swap_class(loader, map_style_class, tracker) or loader
     return loader
 
 
@@ -94,6 +101,12 @@ def batches_in_flight(trainer: Any) -> int:
         return 0  # training_step(dataloader_iter) fetches for itself
     current = trainer.fit_loop.epoch_loop.batch_progress.current
     return max(0, int(current.ready - current.processed)) + len(getattr(fetcher, "batches", ()))
+
+
+def epoch_over(trainer: Any) -> bool:
+    """Whether a trainer's fit loop has processed the last batch that it wants of this epoch."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return bool(progress.current.processed) and bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
 
 
 def _has_state(loader: object) -> bool:

@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 class GeminiCheckpoint(Checkpoint):
     """Takes a version after every optimizer step (or every ``checkpoint_every``).
 
-    A version of step k is taken when the batch after it starts: by then every hook, validation and epoch end that belongs to
-    step k is over, so that a resumed run repeats nothing and misses nothing. The strategy adds this callback by itself.
+    A version of step k is taken when the batch after it starts: by then every hook, validation and epoch end that
+    belongs to step k is over, so that a resumed run repeats nothing and misses nothing. The strategy adds this callback
+    by itself.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,9 @@ class GeminiCheckpoint(Checkpoint):
         if state is None:
             return
         found = state.found
-        self._resume = {"random": found.volatile["random"], "loops": found.volatile["lightning"]["loops"]} if found else None
+        self._resume = (
+            {"random": found.volatile["random"], "loops": found.volatile["lightning"]["loops"]} if found else None
+        )
         self._settled_step = state.zero.step
         self._publisher = state.open(_lightning_state(trainer))
         self._last_persist = time.monotonic()
@@ -72,7 +75,11 @@ class GeminiCheckpoint(Checkpoint):
         self._settled_step = step
         self._publisher.settle()
         self._persist_if_due(state)
-        if step % state.config.checkpoint_every == 0 and (newest is None or step != newest.version) and self._publisher.ready(step):
+        if (
+            step % state.config.checkpoint_every == 0
+            and (newest is None or step != newest.version)
+            and self._publisher.ready(step)
+        ):
             self._publish(trainer, state, step)
 
     def on_train_batch_end(
@@ -133,8 +140,8 @@ def _lightning_state(trainer: pl.Trainer) -> dict[str, Any]:
 def _restore_progress(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
     """Put every counter back to what it was at this very moment of the batch.
 
-    Lightning's own restart repairs counters for checkpoints taken elsewhere (``on_train_batch_end``), and leaves some of
-    them, and schedulers of the resumed epoch, one off.
+    Lightning's own restart repairs counters for checkpoints taken elsewhere (``on_train_batch_end``), and leaves some
+    of them, and schedulers of the resumed epoch, one off.
     """
     fit_loop = trainer.fit_loop
     fit_loop.load_state_dict(loops["fit_loop"])

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FOUND = "gemini_found"
 _fits = 0  # Trainer.fit calls of this process: a script may train several models in turn
 
 
@@ -46,7 +47,9 @@ class JobState:
         GeminiError: A setting is impossible, or the agent cannot be used; before training starts.
     """
 
-    def __init__(self, config: CheckpointConfig, engine: DeepSpeedEngine, identity: RankIdentity, root_dir: str) -> None:
+    def __init__(
+        self, config: CheckpointConfig, engine: DeepSpeedEngine, identity: RankIdentity, root_dir: str
+    ) -> None:
         global _fits
         self.fit, _fits = _fits, _fits + 1
         self.config, self.identity = config, identity
@@ -88,14 +91,42 @@ class JobState:
             raise
         if self.found is not None and self.found.volatile["fit"] != self.fit:
             if self.identity.global_rank == 0:
-                log.warning("memory holds call %d of Trainer.fit, this is call %d: starting this one from its beginning",
-                            self.found.volatile["fit"] + 1, self.fit + 1)
+                log.warning(
+                    "memory holds call %d of Trainer.fit, this is call %d: starting this one from its beginning",
+                    self.found.volatile["fit"] + 1,
+                    self.fit + 1,
+                )
             self.found = None
         if self.found is None:
             self.memory.resume_from(None)
             return None
-        checkpoint: dict[str, Any] = self.found.volatile["lightning"]
-        return checkpoint
+        return self._checkpoint(self.found)
+
+    def is_found(self, checkpoint: Mapping[str, Any]) -> bool:
+        """Whether it is what :meth:`find` returned, rather than a checkpoint of the user's."""
+        return self.found is not None and bool(checkpoint.get(_FOUND))
+
+    def yield_to(self, ckpt_path: Any) -> dict[str, Any] | None:
+        """The user gave ``ckpt_path``: it wins, unless a launcher restarted the run that had begun from it.
+
+        Returns:
+            What to restore in its place; ``None`` to load it.
+        """
+        found = self.found
+        if found is None:
+            return None
+        if self.is_restart:
+            log.info("carrying on from version %d; ckpt_path=%s was where this run began", found.version, ckpt_path)
+            return self._checkpoint(found)
+        if self.identity.global_rank == 0:
+            log.warning("ckpt_path=%s wins over version %d (%s)", ckpt_path, found.version, found.tier.value)
+        self.found = None
+        self.memory.resume_from(found.id)  # memory keeps it until a newer version is committed
+        return None
+
+    @staticmethod
+    def _checkpoint(found: RestoredShard) -> dict[str, Any]:
+        return {**found.volatile["lightning"], _FOUND: True}
 
     def restore(self) -> None:
         """Load the found shard into the engine. Collective."""
@@ -108,11 +139,6 @@ class JobState:
         self.events.append("restored", version=found.version, tier=str(found.tier.value), seconds=seconds)
         if self.identity.global_rank == 0:
             log.warning("resumed from version %d (%s) in %.2f s", found.version, found.tier.value, seconds)
-
-    def decline(self) -> None:
-        """The user's own checkpoint is loaded instead; memory keeps its version until a newer one is committed."""
-        found, self.found = self.found, None
-        self.memory.resume_from(found.id if found else None)
 
     def _require_fit(self, found: RestoredShard) -> None:
         error: LayoutMismatchError | None = None
@@ -149,8 +175,8 @@ class JobState:
         here = self.identity.machines * self.identity.nproc_per_machine
         if world_size != here:
             raise LayoutMismatchError(
-                f"the persistent checkpoint {path} was written by {world_size} ranks, this run has {here}: use as many, "
-                "convert it (DeepSpeed Universal Checkpointing), or choose another persist_dir"
+                f"the persistent checkpoint {path} was written by {world_size} ranks, this run has {here}: "
+                "use as many, convert it (DeepSpeed Universal Checkpointing), or choose another persist_dir"
             )
         version = int(volatile["counters"]["global_steps"])
         return RestoredShard(version, None, Tier.PERSISTENT, stable, volatile, time.monotonic() - began)
@@ -203,7 +229,7 @@ class JobState:
         return shard.lay_out(stable, {**volatile, **extra, "lightning": lightning_state, "fit": self.fit})
 
     def _expected_bytes(self, lightning_state: dict[str, Any]) -> int:
-        """The first version may lack optimizer moments that the first step will create: two more copies of the weights."""
+        """The first version may lack the moments that the first step creates: two more copies of the weights."""
         layout = self.lay_out(lightning_state, {})
         state = self.zero.base_optimizer.state
         missing = 0 if state else 2 * self.zero.master_bytes
@@ -237,9 +263,7 @@ class JobState:
                 raise error or failures[0]
         directory = explicit or self.group.from_first(_default_directory(root_dir))
         world_size = self.identity.machines * self.identity.nproc_per_machine
-        return Persister(
-            Path(directory), self.identity.global_rank, world_size, _deepspeed_files, _recovery_scripts()
-        )
+        return Persister(Path(directory), self.identity.global_rank, world_size, _deepspeed_files, _recovery_scripts())
 
 
 def _cost_log(rank: int) -> Callable[[dict[str, Any]], None]:

@@ -110,11 +110,14 @@ class PositionTracker:
 
     Attributes:
         in_flight: tells how many of the last fetches a state is to leave out.
+        epoch_over: tells, when nothing is in flight, whether the next ``iter`` is to begin another epoch. By default it
+            is once all batches of a known length are delivered.
         sources: what the loader draws from beside the process's generators, as of the last ``iter``.
         creating: whether the loader's own iterator is being made.
     """
 
     in_flight: Callable[[], int]
+    epoch_over: Callable[[], bool] | None = None
     sources: tuple[RandomSource, ...] = ()
     creating: bool = False
     _recent: deque[Position] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_FETCHES))
@@ -133,8 +136,8 @@ class PositionTracker:
         return None if resumption is None or resumption.position.next_epoch else resumption.position
 
     @property
-    def past_end(self) -> RandomState | None:
-        """At a resume behind the last batch of an epoch: the random state there."""
+    def leaving_epoch(self) -> RandomState | None:
+        """On resume behind an epoch whose end the loader has not reported: the random state there."""
         position = None if self._resumption is None else self._resumption.position
         return position.fetch if position is not None and position.next_epoch and position.delivered else None
 
@@ -163,11 +166,14 @@ class PositionTracker:
         if self._resumption is not None:
             inner = self._resumption.position.inner if self.resuming else read_inner()
             return Position(cursor.origin, cursor.delivered, self._resumption.fetch, inner=inner)
-        if cursor.exhausted and length is not None:
-            # With a known length Lightning stops before the end is reported, unless a longer loader goes on beside
-            # this one (CombinedLoader's max_size): then it stays exhausted.
+        if self.epoch_over is not None:
+            over = self.epoch_over()
+        elif length is None:
+            over = cursor.exhausted
+        else:  # at the last batch; but who has read beyond it, and has not begun another epoch, has other loaders
+            over = cursor.delivered >= length and not cursor.exhausted
+        if cursor.exhausted and not over:
             return Position(cursor.origin, cursor.delivered, now, inner=cursor.last_inner)
-        over = cursor.exhausted or (length is not None and cursor.delivered >= length)
         return Position(cursor.origin, 0 if cursor.exhausted else cursor.delivered, now, over, read_inner())
 
     def begin(self, sources: tuple[RandomSource, ...], workers: bool, length: int | None) -> Cursor:

@@ -1,4 +1,4 @@
-"""Publishes versions: copies them into memory off the training thread, and commits them together with all other ranks."""
+"""Publishes versions: copies them into memory off the training thread, and commits them with all other ranks."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _FAILED = -2
 class VersionPublisher:
     """One rank's side of the commit protocol (design, Invariant 1).
 
-    A version is *published* when its copy begins, and *committed* once every rank's shard of it is complete on every holder.
-    Ranks learn that from a minimum over all ranks that starts before the optimizer step and is read after it, so all of them
-    decide alike: the next version may overwrite the older buffer, or it is skipped.
+    A version is *published* when its copy begins, and *committed* once every rank's shard of it is complete on every
+    holder. Ranks learn that from a minimum over all ranks that starts before the optimizer step and is read after it,
+    so all of them decide alike: the next version may overwrite the older buffer, or it is skipped.
 
     Args:
         slab: This rank's slab.
@@ -80,7 +80,8 @@ class VersionPublisher:
         if self.newest == self.committed:
             return
         self.before_step()
-        assert self._exchange is not None and self.newest is not None
+        assert self._exchange is not None
+        assert self.newest is not None
         lowest, wish = self._exchange.wait()
         self._exchange = None
         if lowest == self.newest.version:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
-import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,13 +31,11 @@ __all__ = ["Resumable", "StatefulProxy", "map_style_class", "stateful_class", "s
 
 _KEY = "lightning_gemini"
 _INNER = "inner"
-_END = object()
 
 
 class Resumable:
     """What a resumable loader has of its own."""
 
-    __slots__ = ()
     _gemini_ordinary_class: type
     _gemini_position: PositionTracker | None = None
 
@@ -54,10 +51,8 @@ class Resumable:
         reduced = super().__reduce_ex__(max(2, int(protocol)))
         if isinstance(reduced, str) or reduced[0] is not copyreg.__newobj__:  # type: ignore[attr-defined]
             return reduced
-        function, (_, *arguments), state, *rest = reduced
-        if isinstance(state, dict):
-            state = {name: value for name, value in state.items() if name != "_gemini_position"}
-        return function, (self._gemini_ordinary_class, *arguments), state, *rest
+        state = {name: value for name, value in vars(self).items() if name != "_gemini_position"}
+        return object.__new__, (self._gemini_ordinary_class,), state
 
 
 @functools.cache
@@ -65,7 +60,6 @@ def map_style_class(ordinary: Any) -> type:
     """A subclass of a map-style DataLoader class which on resume skips index batches, so nothing is loaded in vain."""
 
     class ResumableDataLoader(ordinary, Resumable):  # type: ignore[misc]
-        __slots__ = ()
         __doc__ = ordinary.__doc__
         _gemini_ordinary_class = ordinary
 
@@ -101,7 +95,6 @@ def stateful_class(ordinary: Any) -> type:
     """A subclass of a class of loaders with state of their own, which is read before every fetch."""
 
     class ResumableStateful(ordinary, Resumable):  # type: ignore[misc]
-        __slots__ = ()
         __doc__ = ordinary.__doc__
         _gemini_ordinary_class = ordinary
 
@@ -122,8 +115,8 @@ def stateful_class(ordinary: Any) -> type:
 class StatefulProxy:
     """Stands for a loader with state whose class cannot be swapped, e.g. one with slots."""
 
-    def __init__(self, loader: Any, in_flight: Callable[[], int]) -> None:
-        self.__dict__.update(_loader=loader, _gemini_tracker=PositionTracker(in_flight))
+    def __init__(self, loader: Any, tracker: PositionTracker) -> None:
+        self.__dict__.update(_loader=loader, _gemini_tracker=tracker)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # a copy in the making
@@ -148,7 +141,7 @@ class StatefulProxy:
         self._loader.load_state_dict(_load_stateful(self._gemini_tracker, state_dict))
 
 
-def swap_class(loader: Any, make_class: Callable[[Any], type], in_flight: Callable[[], int]) -> object | None:
+def swap_class(loader: Any, make_class: Callable[[Any], type], tracker: PositionTracker) -> object | None:
     """Gives a loader the class made from its own; None if Python does not allow that."""
     if not hasattr(loader, "__dict__"):
         return None
@@ -156,9 +149,9 @@ def swap_class(loader: Any, make_class: Callable[[Any], type], in_flight: Callab
         loader.__class__ = make_class(type(loader))
     except TypeError:
         return None
-    loader._gemini_position = PositionTracker(in_flight)
+    loader._gemini_position = tracker
     if make_class is map_style_class and loader._iterator is not None:  # persistent workers that are in use already
-        loader._iterator._index_sampler = TrackedSampler(loader._iterator._index_sampler, loader._gemini_tracker)
+        loader._iterator._index_sampler = TrackedSampler(loader._iterator._index_sampler, tracker)
     return loader  # type: ignore[no-any-return]
 
 
@@ -203,24 +196,13 @@ def _iterate_stateful(
     if tracker.resuming is not None:
         with _order_drawn_again(loader, cursor.origin, tracker):
             return CountedBatches(iterate(), tracker, cursor, read)
-    batches = _past_the_end(tracker, iterate)
-    if batches is None:
-        cursor.origin.iterated = RandomState.capture(sources)
-        if not (workers and getattr(loader, "persistent_workers", False) and loader._iterator is not None):
-            cursor.origin.created = cursor.origin.iterated
-        batches = iterate()
-    return CountedBatches(batches, tracker, cursor, read)
-
-
-def _past_the_end(tracker: PositionTracker, iterate: Callable[[], Any]) -> Any:
-    # The epoch was over, but the loader's own state stands just before its end, which has to be found first.
-    if (over := tracker.past_end) is None:
-        return None
-    rest = iterate()
-    if (batch := next(rest, _END)) is not _END:
-        return itertools.chain((batch,), rest)
-    over.restore(tracker.sources)
-    return None
+    if tracker.leaving_epoch is not None:  # its own state is still in the epoch that is over
+        iterate()
+        tracker.leaving_epoch.restore(sources)
+    cursor.origin.iterated = RandomState.capture(sources)
+    if not (workers and getattr(loader, "persistent_workers", False) and loader._iterator is not None):
+        cursor.origin.created = cursor.origin.iterated
+    return CountedBatches(iterate(), tracker, cursor, read)
 
 
 @contextmanager

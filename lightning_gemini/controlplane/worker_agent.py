@@ -123,6 +123,7 @@ class WorkerAgent:
         self._order: Order | None = None
         self._root_machine: int | None = None
         self._ranks: dict[str, int] = {}  # token → global rank of this generation's workers
+        self._pids: dict[int, int] = {}  # global rank → pid of those that started
         self._good: set[int] = set()
         self._outcome = Outcome(settings.machine, 0, settings.incarnation)
         self._answers: dict[str, str] = {}  # what this agent last wrote below its lease
@@ -242,7 +243,7 @@ class WorkerAgent:
     def _report(self, order: Order) -> None:
         """Ends the old generation here: no worker, no older replica can change the memory that is reported."""
         exits = self._outcome.exits
-        self._ranks, self._good = {}, set()
+        self._ranks, self._pids, self._good = {}, {}, set()
         self._outcome = Outcome(self.settings.machine, order.generation, self.settings.incarnation)
         if not self._pool.kill_workers(self.settings.stop_timeout_s):
             _log.error("workers did not end within %.0f s after SIGKILL", self.settings.stop_timeout_s)
@@ -320,19 +321,19 @@ class WorkerAgent:
         elif isinstance(message, PoolLost):
             self._pool_ended(message)
         elif message["event"] == "started":
-            self._worker_started(message["token"])
+            self._worker_started(message["token"], message["pid"])
         else:
             self._pool_losses = 0
             for warning in message["warnings"]:
                 _log.warning("%s", warning)
             _log.info("warm pool ready after %.1f s", message["seconds"])
 
-    def _worker_started(self, token: str) -> None:
+    def _worker_started(self, token: str, pid: int) -> None:
         if token not in self._ranks:
             return  # of a generation that is over
-        pids = {self._ranks[token]: pid for pid, token in self._pool.workers().items() if token in self._ranks}
-        if len(pids) == len(self._ranks):
-            self._events.append("workers_started", pids=[pids[rank] for rank in sorted(pids)])
+        self._pids[self._ranks[token]] = pid
+        if len(self._pids) == len(self._ranks):
+            self._events.append("workers_started", pids=[self._pids[rank] for rank in sorted(self._pids)])
 
     def _worker_ended(self, leave: WorkerExit) -> None:
         rank = self._ranks.get(leave.token)

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from lightning_gemini.callbacks.data_position import batches_in_flight, exactness_warning, make_resumable
 from lightning_gemini.callbacks.gemini_checkpoint import GeminiCheckpoint
 from lightning_gemini.callbacks.job_state import JobState
-from lightning_gemini.callbacks.peer_memory import AGENT_VARIABLE
-from lightning_gemini.callbacks.ranks import RankIdentity
 from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.strategies.devices import (
+    devices_of_machine,
+    identity_of,
+    leave_process_group,
+    machines_of_job,
+    silence_deprecated_collectives,
+    use_cpu_in_deepspeed,
+)
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from lightning.pytorch.strategies.strategy_registry import _StrategyRegistry
+    from lightning.fabric.strategies.registry import _StrategyRegistry
 
-log = logging.getLogger(__name__)
-
-RESTORED = "gemini_restored"
 _DEFAULTS = CheckpointConfig()
 
 
@@ -90,19 +91,12 @@ class GeminiStrategy(DeepSpeedStrategy):
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        """The devices of this machine; CPU "devices" are numbered, as DeepSpeedStrategy expects of any device.
-
-        Under ``lightning-gemini run`` the command line says how many ranks and machines there are, whatever the script says.
-        """
+        """The devices of this machine."""
         return super().parallel_devices
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        if devices:
-            count = int(os.environ["LOCAL_WORLD_SIZE"]) if _launched() else len(devices)
-            on_cpu = all(device.type == "cpu" for device in devices)
-            devices = [torch.device("cpu", index) for index in range(count)] if on_cpu else devices[:count]
-        DeepSpeedStrategy.parallel_devices.fset(self, devices)  # type: ignore[attr-defined]
+        DeepSpeedStrategy.parallel_devices.fset(self, devices_of_machine(devices))  # type: ignore[attr-defined]
 
     @property
     def num_nodes(self) -> int:
@@ -111,9 +105,7 @@ class GeminiStrategy(DeepSpeedStrategy):
 
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
-        if _launched():
-            num_nodes = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        DeepSpeedStrategy.num_nodes.fset(self, num_nodes)  # type: ignore[attr-defined]
+        DeepSpeedStrategy.num_nodes.fset(self, machines_of_job(num_nodes))  # type: ignore[attr-defined]
 
     @property
     def root_device(self) -> torch.device:
@@ -123,21 +115,20 @@ class GeminiStrategy(DeepSpeedStrategy):
     def setup_environment(self) -> None:
         """Accept the CPU too, and add the callback if the user did not."""
         assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        if not any(isinstance(callback, GeminiCheckpoint) for callback in trainer.callbacks):
-            trainer.callbacks.append(GeminiCheckpoint())
+        callbacks: list[Any] = self.lightning_module.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, GeminiCheckpoint) for callback in callbacks):
+            callbacks.append(GeminiCheckpoint())
         if self._on_cuda:
             super().setup_environment()
-            return
-        _use_cpu_in_deepspeed()
-        super(DeepSpeedStrategy, self).setup_environment()  # skips only the check for CUDA
+        else:
+            use_cpu_in_deepspeed()
+            super(DeepSpeedStrategy, self).setup_environment()  # skips only the check for CUDA
 
     def setup_distributed(self) -> None:
         """Join the other ranks, and leave them in order at exit."""
-        # DeepSpeed calls collectives by names that torch 2.13 deprecates: one line a call, hundreds a second
-        warnings.filterwarnings("ignore", message=r"`torch\.distributed\..*` is deprecated", category=FutureWarning)
+        silence_deprecated_collectives()
         super().setup_distributed()
-        atexit.register(_leave_process_group)
+        atexit.register(leave_process_group)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -146,29 +137,21 @@ class GeminiStrategy(DeepSpeedStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING or not self.checkpoint_config.checkpoint_every:
             return
-        self.job_state = JobState(self.checkpoint_config, self.deepspeed_engine, self._identity(), trainer.default_root_dir)
+        identity = identity_of(self.global_rank, self.local_rank, self.world_size, self.num_processes)
+        self.job_state = JobState(self.checkpoint_config, self.deepspeed_engine, identity, trainer.default_root_dir)
         checkpoint = self.job_state.find()
         if checkpoint is not None:
-            # Lightning restores from here on as from any checkpoint, unless the user's `ckpt_path` replaces it.
-            trainer._checkpoint_connector._loaded_checkpoint = {**checkpoint, RESTORED: True}
+            # Lightning restores from it as from any checkpoint, unless the user's `ckpt_path` replaces it.
+            trainer._checkpoint_connector._loaded_checkpoint = checkpoint
 
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the user's ``ckpt_path``; it wins over memory, except when this run itself is being carried on."""
-        state = self.job_state
-        if state is not None and state.found is not None:
-            if state.is_restart:
-                log.info("carrying on from version %d; ckpt_path=%s was where this run began",
-                         state.found.version, checkpoint_path)
-                assert self.lightning_module is not None
-                return self.lightning_module.trainer._checkpoint_connector._loaded_checkpoint
-            log.warning("ckpt_path=%s wins over version %d that memory or the persistent tier holds",
-                        checkpoint_path, state.found.version)
-            state.decline()
-        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        carried_on = self.job_state.yield_to(checkpoint_path) if self.job_state else None
+        return carried_on or super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the engine's state from the found shard when it is that checkpoint that Lightning restores."""
-        if checkpoint.get(RESTORED) and self.job_state is not None:
+        if self.job_state is not None and self.job_state.is_found(checkpoint):
             self.job_state.restore()
         else:
             super().load_model_state_dict(checkpoint, strict=strict)
@@ -191,55 +174,25 @@ class GeminiStrategy(DeepSpeedStrategy):
         trainer = self.lightning_module.trainer
         if not trainer.training:
             return dataloader
-        if self.global_rank == 0 and (warning := exactness_warning(dataloader)) is not None:
-            log.warning(warning)
+        if (warning := exactness_warning(dataloader)) is not None:
+            rank_zero_warn(warning)
         return make_resumable(dataloader, lambda: batches_in_flight(trainer))
 
     def teardown(self) -> None:
         """Let go of the agent."""
-        state, self.job_state = self.job_state, None
-        if state is not None:
-            state.close()
+        if self.job_state is not None:
+            self.job_state.close()
+        self.job_state = None
         super().teardown()
 
     @classmethod
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
         """Make ``gemini`` and its stages known to the Trainer."""
-        strategy_registry.register("gemini", cls, description="ZeRO-3 with in-memory checkpoints", stage=3)
-        for stage in (1, 2, 3):
-            description = f"ZeRO-{stage} with in-memory checkpoints"
-            strategy_registry.register(f"gemini_stage_{stage}", cls, description=description, stage=stage)
-        strategy_registry.register(
-            "gemini_stage_3_offload",
-            cls,
-            description="ZeRO-3 with CPU offload and in-memory checkpoints",
-            stage=3,
-            offload_optimizer=True,
-            offload_parameters=True,
-        )
-
-    def _identity(self) -> RankIdentity:
-        nproc = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
-        return RankIdentity(self.global_rank, self.local_rank, self.global_rank // nproc, nproc, self.world_size // nproc)
-
-
-def _launched() -> bool:
-    return AGENT_VARIABLE in os.environ
-
-
-def _use_cpu_in_deepspeed() -> None:
-    """DeepSpeed picks its accelerator once a process; the Trainer's choice counts."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed.accelerator import get_accelerator, set_accelerator
-    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-    if get_accelerator().device_name() != "cpu":
-        set_accelerator(CPU_Accelerator())
-    # Serves inference only, and would be compiled at the first start: half a minute, and a compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def _leave_process_group() -> None:
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+        stages: dict[str, dict[str, Any]] = {
+            "gemini": {"stage": 3},
+            **{f"gemini_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
+            "gemini_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        }
+        for name, arguments in stages.items():
+            description = f"DeepSpeed ZeRO-{arguments['stage']} with in-memory checkpoints"
+            strategy_registry.register(name, cls, description=description, **arguments)

@@ -1,7 +1,7 @@
 """What a ZeRO rank must keep to go on exactly, in DeepSpeed's own terms.
 
-A rank's shard holds the very dictionaries that DeepSpeed would write to this rank's checkpoint files, so that the persistent
-tier is an ordinary DeepSpeed checkpoint and restoring goes through DeepSpeed's own ``load_state_dict``.
+A rank's shard holds the very dictionaries that DeepSpeed would write to this rank's checkpoint files, so that the
+persistent tier is an ordinary DeepSpeed checkpoint and restoring goes through DeepSpeed's own ``load_state_dict``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def require_supported(engine: DeepSpeedEngine) -> None:
             "optimizer or parameter offload to NVMe cannot be checkpointed from memory; offload to 'cpu' instead"
         )
     if engine.zero_elastic_checkpoint():
-        raise ConfigurationError("zero_optimization.elastic_checkpoint must be off: it needs every rank's state on every rank")
+        raise ConfigurationError(
+            "zero_optimization.elastic_checkpoint must be off: it needs every rank's state on every rank"
+        )
 
 
 def _offloads_to_nvme(engine: DeepSpeedEngine) -> bool:
@@ -137,7 +139,8 @@ class ZeroState:
             if here[name] != expected:
                 raise LayoutMismatchError(
                     f"the stored state does not fit this run: {name} was {_first_difference(expected, here[name])}; "
-                    "go back to that model, or discard the stored state ('lightning-gemini stop', or another persist_dir)"
+                    "go back to that model, or discard the stored state "
+                    "('lightning-gemini stop --agents' for memory, another persist_dir for the persistent tier)"
                 )
 
     def restore(self, stable: dict[str, Any], volatile: dict[str, Any]) -> None:
@@ -211,7 +214,7 @@ class ZeroState:
 
 def constant_of(stable: dict[str, Any]) -> dict[str, Any]:
     """The constant part of a shard, which travels as bytes like a tensor so that it is pickled once a run."""
-    constant: dict[str, Any] = pickle.loads(stable["constant"].numpy().tobytes())
+    constant: dict[str, Any] = pickle.loads(stable["constant"].numpy().tobytes())  # noqa: S301 - this job's own, checksummed
     return constant
 
 

@@ -31,3 +31,9 @@ child = subprocess.Popen(["sleep", "300"], start_new_session=True)
 print("child", child.pid, flush=True)
 time.sleep(300)
 """
+
+UNTIL_FILE = """
+import os, sys, time
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.05)
+"""

@@ -22,7 +22,7 @@ class WrittenRun:
         self.folder, self.now, self.step, self.generation = folder, START, 0, 1
         for name in ("steps", "stats"):
             (folder / name).mkdir(parents=True)
-        self.event("job_started", nodes=RANKS)
+        self.event("job_started", nodes=RANKS, world_size=RANKS)
         self.event("generation_started")
 
     def event(self, name: str, **fields: Any) -> None:
@@ -47,7 +47,7 @@ class WrittenRun:
         fields = {"kind": kind, "nodes": nodes, "node": nodes[0], "pids": [100 + n for n in nodes], "signal": "SIGKILL"}
         self.event("fault_injected", at_step=self.step, **fields)
         self.now += 2.0
-        self.event("failure_detected", kind=kind, nodes_lost=nodes)
+        self.event("failure_detected", kind=kind, nodes_lost=nodes, detail=f"lost {nodes}")
         self.generation += 1
         self.event("generation_started")
         if kind == "hardware":

@@ -35,11 +35,11 @@ class Progress:
 
     def update(self) -> Iterator[str]:
         """Reads what is new; yields a line for everything worth telling."""
-        self._read_steps()
         events = list(read_events(self._run_dir / EVENTS_FILE))
         for event in events[self._events_seen :]:
             yield from self._told_by(event)
         self._events_seen = len(events)
+        self._read_steps()
 
     def line(self) -> str:
         """The present, in a line."""

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
+from lightning_gemini.controlplane.agent_settings import load_settings
 from lightning_gemini.controlplane.kv.etcd import EtcdKeyValueStore
 from lightning_gemini.controlplane.logs import setup_logging
 from lightning_gemini.controlplane.processes import die_with_parent
-from lightning_gemini.controlplane.worker_agent import WorkerAgent, WorkerAgentSettings
+from lightning_gemini.controlplane.worker_agent import WorkerAgent
 from lightning_gemini.errors import GeminiError
 
 _log = logging.getLogger("lightning_gemini.agent")
-
-
-def load_settings(path: Path) -> WorkerAgentSettings:
-    """Reads what the launcher wrote; the secret is in a file of its own."""
-    fields: dict[str, Any] = json.loads(path.read_text())
-    fields["secret"] = bytes.fromhex(Path(fields.pop("secret_file")).read_text())
-    for name in ("run_dir", "socket_path"):
-        fields[name] = Path(fields[name])
-    fields["template"] = Path(fields["template"]) if fields["template"] else None
-    for name in ("script", "preload"):
-        fields[name] = tuple(fields[name])
-    return WorkerAgentSettings(**fields)
 
 
 def main() -> int:

@@ -22,7 +22,8 @@ from lightning_gemini.controlplane.orders import (
     outcome_from_json,
     report_from_json,
 )
-from lightning_gemini.controlplane.root import (
+from lightning_gemini.controlplane.root import Phase, RootState, rebuild, step
+from lightning_gemini.controlplane.root_events import (
     Action,
     Announce,
     Event,
@@ -30,15 +31,11 @@ from lightning_gemini.controlplane.root import (
     JobShape,
     MemberJoined,
     MemberLost,
-    Phase,
     PutOrder,
     Reported,
     RequestReplacement,
-    RootState,
     Tick,
     WorkersEnded,
-    rebuild,
-    step,
 )
 from lightning_gemini.core.recovery import fetch_to_json, version_to_json
 

@@ -9,11 +9,11 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 from lightning_gemini.controlplane.agent import AgentSettings, MachineAgent
+from lightning_gemini.controlplane.agent_settings import WorkerAgentSettings
 from lightning_gemini.controlplane.election import Election
 from lightning_gemini.controlplane.events import EVENTS_FILE, EventLog
 from lightning_gemini.controlplane.kv.base import KeyChange, KeyValueStore, StoreUnavailableError
@@ -23,63 +23,22 @@ from lightning_gemini.controlplane.orders import (
     START,
     Order,
     Outcome,
-    RankExit,
     Report,
     answer_to_json,
     order_from_json,
 )
-from lightning_gemini.controlplane.root import JobShape
 from lightning_gemini.controlplane.root_agent import RootAgent
+from lightning_gemini.controlplane.root_events import JobShape
 from lightning_gemini.controlplane.session import Session
 from lightning_gemini.controlplane.warm_pool import PoolLost, WarmPool, WorkerCommand, WorkerExit
 from lightning_gemini.controlplane.worker_env import PortReservation, WorkerPlace
+from lightning_gemini.controlplane.worker_group import WorkerGroup, describe_exit
 from lightning_gemini.core.recovery import Fetch, RecoveryPlan, fetch_to_json
 from lightning_gemini.errors import AgentError, GeminiError
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 0.2
 _MAX_POOL_LOSSES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerAgentSettings:
-    """What an agent process is started with.
-
-    Attributes:
-        job: The job's id.
-        machine: This machine's rank (slot).
-        nodes: Machines of the job.
-        nproc_per_node: Workers on each machine.
-        script: The user's script and its arguments.
-        run_dir: The run's directory.
-        socket_path: Where workers find the agent.
-        secret: What agents of this job know.
-        etcd: ``HOST:PORT`` of the key-value store.
-        incarnation: Name of this very process.
-        host: Address that peers and workers of other machines reach this one at.
-        preload: Modules that the warm pool imports on top of the usual ones.
-        template: Socket of the host's import template, if it has one.
-        lease_ttl_s: Seconds of silence after which this machine counts as dead.
-        max_failures: Recoveries in a row without a new completed step before the job is given up.
-        stop_timeout_s: Seconds that workers get to end once killed.
-    """
-
-    job: str
-    machine: int
-    nodes: int
-    nproc_per_node: int
-    script: tuple[str, ...]
-    run_dir: Path
-    socket_path: Path
-    secret: bytes
-    etcd: str
-    incarnation: str
-    host: str = "127.0.0.1"
-    preload: tuple[str, ...] = ()
-    template: Path | None = None
-    lease_ttl_s: int = 2
-    max_failures: int = 3
-    stop_timeout_s: float = 5.0
 
 
 class WorkerAgent:
@@ -122,10 +81,7 @@ class WorkerAgent:
         self._port = PortReservation()
         self._order: Order | None = None
         self._root_machine: int | None = None
-        self._ranks: dict[str, int] = {}  # token → global rank of this generation's workers
-        self._pids: dict[int, int] = {}  # global rank → pid of those that started
-        self._good: set[int] = set()
-        self._outcome = Outcome(settings.machine, 0, settings.incarnation)
+        self._workers = WorkerGroup(Outcome(settings.machine, 0, settings.incarnation))
         self._answers: dict[str, str] = {}  # what this agent last wrote below its lease
         self._stopping = False
         self._pool_losses = 0
@@ -147,13 +103,12 @@ class WorkerAgent:
     def status(self) -> dict[str, Any]:
         """What this agent adds to the machine's status."""
         order = self._order
-        workers = [{"rank": self._ranks.get(token, -1), "pid": pid} for pid, token in self._pool.workers().items()]
         return {
             "root": self._root_machine,
             "generation": 0 if order is None else order.generation,
             "phase": None if order is None else order.phase,
             "pool_pid": self._pool.pid,
-            "workers": sorted(workers, key=lambda worker: worker["rank"]),
+            "workers": self._workers.describe(self._pool.workers()),
         }
 
     def _start(self) -> None:
@@ -242,9 +197,8 @@ class WorkerAgent:
 
     def _report(self, order: Order) -> None:
         """Ends the old generation here: no worker, no older replica can change the memory that is reported."""
-        exits = self._outcome.exits
-        self._ranks, self._pids, self._good = {}, {}, set()
-        self._outcome = Outcome(self.settings.machine, order.generation, self.settings.incarnation)
+        exits = self._workers.outcome.exits
+        self._workers = WorkerGroup(Outcome(self.settings.machine, order.generation, self.settings.incarnation))
         if not self._pool.kill_workers(self.settings.stop_timeout_s):
             _log.error("workers did not end within %.0f s after SIGKILL", self.settings.stop_timeout_s)
         report = Report(
@@ -272,8 +226,7 @@ class WorkerAgent:
         if plan.id is not None:
             threading.Thread(target=self._retrieve, args=(plan,), name="retrieve", daemon=True).start()
         place = self._place(order)
-        tokens = [f"{order.generation}:{local_rank}" for local_rank in range(self.settings.nproc_per_node)]
-        self._ranks = {token: place.rank(local_rank) for local_rank, token in enumerate(tokens)}
+        tokens = self._workers.expect([place.rank(index) for index in range(self.settings.nproc_per_node)])
         self._pool.launch(
             [
                 WorkerCommand(token, self.settings.script, place.environment(index), place.log_path(index))
@@ -329,29 +282,14 @@ class WorkerAgent:
             _log.info("warm pool ready after %.1f s", message["seconds"])
 
     def _worker_started(self, token: str, pid: int) -> None:
-        if token not in self._ranks:
-            return  # of a generation that is over
-        self._pids[self._ranks[token]] = pid
-        if len(self._pids) == len(self._ranks):
-            self._events.append("workers_started", pids=[self._pids[rank] for rank in sorted(self._pids)])
+        pids = self._workers.started(token, pid)
+        if pids is not None:
+            self._events.append("workers_started", pids=pids)
 
     def _worker_ended(self, leave: WorkerExit) -> None:
-        rank = self._ranks.get(leave.token)
-        fields = {"pid": leave.pid, "code": leave.code, "signal": leave.signal, "expected": rank is None}
-        place = self._rank_of(leave.token) if rank is None else rank
-        self._events.append("worker_exit", rank=place, generation=int(leave.token.split(":")[0]), **fields)
-        if rank is None:
-            return  # this agent ended it
-        if leave.code == 0:
-            self._good.add(rank)
-        else:
-            exits = (*self._outcome.exits, RankExit(rank, leave.pid, leave.code, leave.signal, time.time()))
-            self._outcome = replace(self._outcome, exits=exits)
-        if self._outcome.exits or len(self._good) == len(self._ranks):
-            self._put_outcome(finished=len(self._good) == len(self._ranks))
-
-    def _rank_of(self, token: str) -> int:
-        return self.settings.machine * self.settings.nproc_per_node + int(token.split(":")[1])
+        self._events.append("worker_exit", **describe_exit(leave, expected=leave.token not in self._workers.ranks))
+        if self._workers.ended(leave):
+            self._put_outcome()
 
     def _pool_ended(self, loss: PoolLost) -> None:
         self._pool_losses += 1
@@ -364,9 +302,8 @@ class WorkerAgent:
 
     def _worker_refused(self, rank: int, message: str) -> None:
         _log.error("rank %d refuses to train: %s", rank, message)
-        self._outcome = replace(self._outcome, fatal=f"rank {rank} refuses to train: {message}")
-        self._put_outcome(finished=False)
+        self._workers.refused(rank, message)
+        self._put_outcome()
 
-    def _put_outcome(self, finished: bool) -> None:
-        self._outcome = replace(self._outcome, finished=finished)
-        self._answer(self._keys.outcome(self.settings.machine), answer_to_json(self._outcome))
+    def _put_outcome(self) -> None:
+        self._answer(self._keys.outcome(self.settings.machine), answer_to_json(self._workers.outcome))

@@ -16,10 +16,32 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROU
     available = int(fields["MemAvailable"].split()[0]) * 1024
     try:
         limit = (cgroup / "memory.max").read_text().strip()
-        used = int((cgroup / "memory.current").read_text())
+        used = int((cgroup / "memory.current").read_text()) - _reclaimable_bytes(cgroup)
     except (OSError, ValueError):
         return available
     return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def _reclaimable_bytes(cgroup: Path) -> int:
+    """Cached files count as used, but the kernel drops them when memory is wanted."""
+    pairs = (line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return sum(int(value) for name, value in pairs if name in ("active_file", "inactive_file"))
+
+
+def require_free(more_bytes: int) -> None:
+    """Check that ``more_bytes`` of shared memory can be taken now.
+
+    Raises:
+        CapacityError: They cannot; the message has the sizes.
+    """
+    available = available_bytes()
+    if more_bytes + MEMORY_FLOOR_BYTES > available:
+        mib = 2**20
+        raise CapacityError(
+            f"cannot allocate {more_bytes / mib:.0f} MiB of shared memory: {available / mib:.0f} MiB available "
+            f"({MEMORY_FLOOR_BYTES / mib:.0f} MiB stay free); "
+            "use fewer replicas, more machines, or machines with more memory"
+        )
 
 
 def require_memory(shard_bytes: int, replicas: int, nproc_per_machine: int, *, already_bytes: int = 0) -> None:

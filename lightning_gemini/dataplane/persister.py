@@ -67,7 +67,9 @@ class Persister:
     def start(self, buffer: Buffer, version: VersionId) -> None:
         """Write ``version`` in the background; problems are logged, training goes on."""
         if not self.busy:
-            self._thread = threading.Thread(target=self._run, args=(buffer, version), name="gemini-persist", daemon=True)
+            self._thread = threading.Thread(
+                target=self._run, args=(buffer, version), name="gemini-persist", daemon=True
+            )
             self._thread.start()
 
     def close(self, timeout_s: float = 30.0) -> None:
@@ -114,8 +116,10 @@ class Persister:
         for name, content in self._files_of(stable, volatile).items():
             _save(content, work / name)
         # Last, as the sign that this rank's other files are whole.
-        _save({"volatile": volatile, "constant": stable["constant"], "world_size": self._world_size},
-              work / rank_file(self._rank))
+        _save(
+            {"volatile": volatile, "constant": stable["constant"], "world_size": self._world_size},
+            work / rank_file(self._rank),
+        )
         if self._rank == 0:
             self._finish(tag, work)
 
@@ -192,7 +196,7 @@ def load(path: Path, rank: int, *, partitioned: bool) -> tuple[dict[str, Any], d
     """
     with _readable(path):
         mine = torch.load(path / rank_file(rank), map_location="cpu", weights_only=False)
-        constant = _constant(mine["constant"])
+        constant = shard.unpack(mine["constant"])
         stable: dict[str, Any] = {"constant": mine["constant"], "parameters": None, "frozen": None}
         optimizer = torch.load(path / constant["optimizer_file"], map_location="cpu", weights_only=False)
         stable["optimizer"] = optimizer["optimizer_state_dict"]
@@ -202,13 +206,6 @@ def load(path: Path, rank: int, *, partitioned: bool) -> tuple[dict[str, Any], d
             stable["parameters"] = {name: value for name, value in model["module"].items() if name not in buffers}
             stable["frozen"] = model["frozen_param_fragments"] if partitioned else None
     return stable, mine["volatile"], int(mine["world_size"])
-
-
-def _constant(tensor: torch.Tensor) -> dict[str, Any]:
-    import pickle
-
-    constant: dict[str, Any] = pickle.loads(tensor.numpy().tobytes())
-    return constant
 
 
 @contextlib.contextmanager

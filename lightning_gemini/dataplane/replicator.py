@@ -41,7 +41,9 @@ class Replicator:
             self._wake.notify_all()
             for peer in peers:
                 arguments = (peer, self._epoch)
-                threading.Thread(target=self._run, args=arguments, name=f"replicate-{peer.machine}", daemon=True).start()
+                threading.Thread(
+                    target=self._run, args=arguments, name=f"replicate-{peer.machine}", daemon=True
+                ).start()
 
     def close(self) -> None:
         """Stop sending; idempotent."""

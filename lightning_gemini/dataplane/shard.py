@@ -15,15 +15,17 @@ import io
 import json
 import pickle
 import struct
+import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_gemini.errors import IntegrityError
+from lightning_gemini.errors import IntegrityError, RestoreError
 
 ALIGNMENT = 64
+SMALL_BYTES = 1 << 16  # host tensors up to this size are cloned at once: cheaper than making a step wait for them
 _BLOB_PLACE = struct.Struct("<QQ")
 _TABLE_LENGTH = struct.Struct("<Q")
 
@@ -36,11 +38,13 @@ class TensorSlot:
         tensor: The tensor to copy; contiguous. It may live on any device.
         offset: Byte offset in the shard.
         nbytes: Its size in bytes.
+        live: Whether it is training's own tensor, to be read before the next optimizer step, and not a clone.
     """
 
     tensor: Tensor
     offset: int
     nbytes: int
+    live: bool = True
 
 
 @dataclass(slots=True)
@@ -102,6 +106,7 @@ def read(data: memoryview, device: torch.device | None = None) -> tuple[Any, Any
 
     Raises:
         IntegrityError: The bytes are no shard.
+        RestoreError: The structure cannot be unpickled: the script lacks a class that it had.
     """
     try:
         offset, length = _BLOB_PLACE.unpack_from(data)
@@ -112,7 +117,23 @@ def read(data: memoryview, device: torch.device | None = None) -> tuple[Any, Any
         raise IntegrityError("the stored bytes are no shard of this package") from error
     stream = io.BytesIO(blob[_TABLE_LENGTH.size + table_length :])
     unpickler = _TensorUnpickler(stream, data, table, device)
-    return unpickler.load(), _TensorUnpickler(stream, data, table, device).load()
+    try:
+        return unpickler.load(), _TensorUnpickler(stream, data, table, device).load()
+    except Exception as error:  # unpickling runs the classes' own code
+        raise RestoreError(
+            f"the stored state cannot be read by this script ({type(error).__name__}: {error}): start the script that "
+            "wrote it, or run 'lightning-gemini stop' to discard what memory holds"
+        ) from error
+
+
+def pack(value: Any) -> Tensor:
+    """A value that never changes as a small tensor of bytes, so that it is pickled once a run."""
+    return torch.frombuffer(bytearray(zlib.compress(pickle.dumps(value))), dtype=torch.uint8)
+
+
+def unpack(packed: Tensor) -> Any:
+    """The value that :func:`pack` was given; from a shard whose checksums were verified."""
+    return pickle.loads(zlib.decompress(packed.cpu().numpy().tobytes()))  # noqa: S301 - see above
 
 
 class _TensorPickler(pickle.Pickler):
@@ -122,22 +143,26 @@ class _TensorPickler(pickle.Pickler):
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self.clone = False
         self._layout, self._table = layout, table
-        self._seen: dict[tuple[Any, ...], int] = {}
+        # The tensors are kept too: memory that was freed meanwhile would lend its address to another tensor.
+        self._seen: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
 
     def persistent_id(self, obj: Any) -> int | None:
         if not isinstance(obj, Tensor):
             return None
         tensor = obj.detach()
-        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), self.clone)
+        view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        key = (tensor.device, self.clone, *view)
         if tensor.numel() and key in self._seen:
-            return self._seen[key]
-        self._seen[key] = index = len(self._table)
-        kept = tensor.clone(memory_format=torch.contiguous_format) if self.clone else tensor.contiguous()
-        nbytes = kept.numel() * kept.element_size()
+            return self._seen[key][0]
+        index = len(self._table)
+        self._seen[key] = index, tensor
+        nbytes = tensor.numel() * tensor.element_size()
+        clone = self.clone or (not tensor.is_cuda and nbytes <= SMALL_BYTES)
+        kept = tensor.clone(memory_format=torch.contiguous_format) if clone else tensor.contiguous()
         offset = self._layout.blob_offset
         self._table.append((str(kept.dtype).removeprefix("torch."), list(kept.shape), offset))
         if nbytes:
-            self._layout.slots.append(TensorSlot(kept, offset, nbytes))
+            self._layout.slots.append(TensorSlot(kept, offset, nbytes, live=not clone))
         self._layout.blob_offset = offset + -(-nbytes // ALIGNMENT) * ALIGNMENT
         return index
 

@@ -24,6 +24,7 @@ import xxhash
 
 from lightning_gemini.core.consistency import BufferView
 from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane.capacity import require_free
 from lightning_gemini.errors import CapacityError, IntegrityError
 
 HEADER_BYTES = 64 * 1024
@@ -123,13 +124,14 @@ class Buffer:
 
     @property
     def state(self) -> BufferState:
-        """Whether the buffer is empty, being written, or complete."""
-        return BufferState(self._words[_Word.STATE])
+        """Whether the buffer is empty, being written, or complete; a damaged word counts as empty."""
+        state = self._words[_Word.STATE]
+        return BufferState(state) if state in BufferState._value2member_map_ else BufferState.EMPTY
 
     @property
     def id(self) -> VersionId | None:
         """The version in the buffer, complete or not; ``None`` when empty."""
-        if self._words[_Word.STATE] == BufferState.EMPTY:
+        if self.state is BufferState.EMPTY:
             return None
         return VersionId(self._words[_Word.GENERATION], self._words[_Word.VERSION])
 
@@ -197,7 +199,7 @@ class Buffer:
         """
         if self.state is not BufferState.COMPLETE:
             raise IntegrityError(f"shard of rank {self.owner}: expected a complete buffer, found {self.state.name}")
-        if self._words[_Word.HEADER_CHECKSUM] != self._header_checksum():
+        if (self._words[_Word.MAGIC], self._words[_Word.HEADER_CHECKSUM]) != (_MAGIC, self._header_checksum()):
             raise IntegrityError(f"shard of rank {self.owner}, version {self.id}: the header is corrupt")
         for index in range(self.chunks):
             if xxhash.xxh3_64_intdigest(self.chunk(index)) != self.checksum(index):
@@ -238,8 +240,10 @@ class Buffer:
         """Every chunk is sealed: from now on the version counts.
 
         Raises:
-            IntegrityError: A chunk is missing.
+            IntegrityError: A chunk is missing, or the version was dropped while it was being written.
         """
+        if self.state is not BufferState.WRITING:
+            raise IntegrityError(f"shard of rank {self.owner}: the version was given up while it was being written")
         if self.chunks_ready != self.chunks:
             raise IntegrityError(
                 f"shard of rank {self.owner}, version {self.id}: {self.chunks_ready} of {self.chunks} chunks written"
@@ -338,6 +342,7 @@ class Slab:
 
 
 def _allocate(fd: int, size: int) -> None:
+    require_free(size - os.fstat(fd).st_size)  # the kernel would kill a process rather than refuse
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:

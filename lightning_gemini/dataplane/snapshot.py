@@ -71,6 +71,7 @@ class Snapshotter:
         self._queue: SimpleQueue[Snapshot | Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._pinned: set[int] = set()
+        self._latest: Snapshot | None = None
 
     def start(self) -> None:
         """Start the thread."""
@@ -86,11 +87,14 @@ class Snapshotter:
 
     def begin(self, version: VersionId, layout: Layout, buffer: Buffer) -> Snapshot:
         """Start copying; returns at once. The tensors must stay unchanged until ``wait_until_read``."""
+        if self._latest is not None:
+            self._latest.wait()  # one that all ranks gave up may still be on its way into this very buffer
         snapshot = Snapshot(version, layout, buffer)
         buffer.begin(version, layout.total_bytes)
         if self._stream is not None:
             self._pin(buffer)
             self._enqueue_device_copies(snapshot)
+        self._latest = snapshot
         self._queue.put(snapshot)
         return snapshot
 
@@ -103,7 +107,13 @@ class Snapshotter:
             if isinstance(work, Snapshot):
                 self._take(work)
             else:
-                work()
+                self._do(work)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # training would wait for ever for a thread that has ended
+            log.warning("could not record what a version cost: %s", error)
 
     def _take(self, snapshot: Snapshot) -> None:
         try:
@@ -164,7 +174,7 @@ class Snapshotter:
                     snapshot.device_events.append(event)
             snapshot.device_done = torch.cuda.Event()
             snapshot.device_done.record(self._stream)
-        if all(slot.tensor.is_cuda for slot in snapshot.layout.slots):
+        if all(slot.tensor.is_cuda for slot in snapshot.layout.slots if slot.live):
             snapshot._read.set()  # the wait happens on the device alone
 
     def _pin(self, buffer: Buffer) -> None:

@@ -72,7 +72,9 @@ class ShardStore:
         with self._lock:
             slab = self._slabs.get(owner)
             if slab is None:
-                require_memory(shard_bytes, self.replicas or 1, self.nproc_per_machine or 1, already_bytes=self.total_bytes)
+                require_memory(
+                    shard_bytes, self.replicas or 1, self.nproc_per_machine or 1, already_bytes=self.total_bytes
+                )
                 slab = self._slabs[owner] = Slab.create(owner, shard_bytes)
             return slab
 
@@ -108,9 +110,7 @@ class ShardStore:
 
     # -- what happens to versions ------------------------------------------------------------------------------------
 
-    def replica_target(
-        self, owner: int, version: VersionId, data_bytes: int, sender_generation: int
-    ) -> Buffer | None:
+    def replica_target(self, owner: int, version: VersionId, data_bytes: int, sender_generation: int) -> Buffer | None:
         """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`. The buffer is begun."""
         with self._lock:
             self._require_hosted(owner, sender_generation)

@@ -7,12 +7,12 @@ persistent tier is an ordinary DeepSpeed checkpoint and restoring goes through D
 from __future__ import annotations
 
 import os
-import pickle
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from lightning_gemini.dataplane import shard
 from lightning_gemini.errors import ConfigurationError, LayoutMismatchError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class ZeroState:
         require_supported(engine)
         self._engine = engine
         self.partitioned = bool(engine.zero_optimization_partition_weights())
-        self._constant = torch.frombuffer(bytearray(pickle.dumps(self._constant_state())), dtype=torch.uint8)
+        self._constant = shard.pack(self._constant_state())
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -111,7 +111,7 @@ class ZeroState:
     @staticmethod
     def files(stable: dict[str, Any], volatile: dict[str, Any], client_state: dict[str, Any]) -> dict[str, Any]:
         """A restored or captured shard as the files of a DeepSpeed checkpoint directory: name to content."""
-        constant = constant_of(stable)
+        constant = shard.unpack(stable["constant"])
         files = {constant["optimizer_file"]: {"optimizer_state_dict": stable["optimizer"], **constant["versions"]}}
         if stable["parameters"] is not None:
             module = {**stable["parameters"], **volatile["buffers"]}
@@ -134,7 +134,7 @@ class ZeroState:
         Raises:
             LayoutMismatchError: They differ; the message names the first difference.
         """
-        stored, here = constant_of(stable)["fingerprint"], self._fingerprint()
+        stored, here = shard.unpack(stable["constant"])["fingerprint"], self._fingerprint()
         for name, expected in stored.items():
             if here[name] != expected:
                 raise LayoutMismatchError(
@@ -210,12 +210,6 @@ class ZeroState:
             "parameters": [f"{name} {tuple(shape)}" for group in shapes for name, shape in group.items()],
             "buffers": sorted(engine._get_buffer_names()),
         }
-
-
-def constant_of(stable: dict[str, Any]) -> dict[str, Any]:
-    """The constant part of a shard, which travels as bytes like a tensor so that it is pickled once a run."""
-    constant: dict[str, Any] = pickle.loads(stable["constant"].numpy().tobytes())  # noqa: S301 - this job's own, checksummed
-    return constant
 
 
 def _fragment(parameter: Any) -> torch.Tensor:

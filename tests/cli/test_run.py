@@ -119,8 +119,9 @@ def _words(pid: int) -> bytes:
 def test_a_signal_ends_everything(start: Start, number: signal.Signals, code: int) -> None:
     run = start(STUBBORN)
     run.until_running(1)
-    log = run.path / "logs" / "node1-rank1.out"
-    child = int(run.until(lambda: log.exists() and log.read_text().startswith("child") and log.read_text().split()[1]))
+    logs = [run.path / "logs" / f"node{rank}-rank{rank}.out" for rank in range(2)]
+    run.until(lambda: all(log.exists() and log.read_text().startswith("child") for log in logs))
+    child = int(logs[1].read_text().split()[1])
     mine = run.pids()
     assert len(mine) >= 2 * 4 + 1
     assert start_time(child) is not None
@@ -132,12 +133,10 @@ def test_a_signal_ends_everything(start: Start, number: signal.Signals, code: in
         assert not wait_gone([*mine, child], 2)
     else:
         # Nobody is left to end what a worker started in a session of its own.
-        os.kill(child, signal.SIGKILL)
-        children = [pid for pid in mine if b"sleep" not in _words(pid)]
-        assert not wait_gone(children, 5)
-        for pid in mine:
-            if b"sleep" in _words(pid):
-                os.kill(pid, signal.SIGKILL)
+        strays = [pid for pid in run.pids() if _words(pid).startswith(b"sleep")]
+        assert not wait_gone([pid for pid in run.pids() if pid not in strays], 5)
+        for pid in strays:
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_a_script_that_fails_every_time_ends_the_job_with_its_output(start: Start) -> None:

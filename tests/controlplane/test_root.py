@@ -23,22 +23,19 @@ from lightning_gemini.controlplane.orders import (
     outcome_from_json,
     report_from_json,
 )
-from lightning_gemini.controlplane.root import (
+from lightning_gemini.controlplane.root import Phase, RootState, rebuild, step
+from lightning_gemini.controlplane.root_events import (
     Announce,
     Event,
     Finish,
     JobShape,
     MemberJoined,
     MemberLost,
-    Phase,
     PutOrder,
     Reported,
     RequestReplacement,
-    RootState,
     Tick,
     WorkersEnded,
-    rebuild,
-    step,
 )
 from lightning_gemini.core.recovery import Tier, VersionId
 

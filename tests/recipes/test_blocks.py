@@ -41,7 +41,7 @@ def test_tokens_are_the_articles_with_a_separator_after_each(tmp_path: Path) -> 
     text = tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
     assert text == "".join(article + blocks.END_OF_TEXT for article in TEXTS)
     assert tokens.dtype == np.uint16
-    assert tokenizer.get_vocab_size() == 300
+    assert 257 < tokenizer.get_vocab_size() <= 300
 
 
 def test_the_same_corpus_gives_the_same_tokens_everywhere(tmp_path: Path) -> None:

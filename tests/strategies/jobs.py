@@ -30,7 +30,7 @@ class Forks:
         self._exits: dict[str, WorkerExit] = {}
         self._pids: dict[str, int] = {}
         self._news: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        preload = ("torchdata.stateful_dataloader", "lightning_gemini.callbacks.data_position")
+        preload = ("torchdata.stateful_dataloader", "deepspeed.runtime.zero.muon.muon_optimizer")
         self._pool = WarmPool(self._news.put, preload=preload, log_path=log_path)
 
     def __enter__(self) -> Forks:

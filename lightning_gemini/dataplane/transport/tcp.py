@@ -103,9 +103,7 @@ class _closing_on_error:  # noqa: N801 - reads as a verb in a with statement
             self._transport.close()
 
 
-def send_chunks(
-    sock: socket.socket, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool]
-) -> bool:
+def send_chunks(sock: socket.socket, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool]) -> bool:
     """Send every chunk as soon as it is sealed; false when the version is given up on the way."""
     for index in range(buffer.chunks):
         while buffer.chunks_ready <= index or buffer.id != version:
@@ -151,9 +149,7 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
 class ShardHost(Protocol):
     """What the server needs from the agent's store."""
 
-    def replica_target(
-        self, owner: int, version: VersionId, data_bytes: int, sender_generation: int
-    ) -> Buffer | None:
+    def replica_target(self, owner: int, version: VersionId, data_bytes: int, sender_generation: int) -> Buffer | None:
         """The buffer to receive into, or ``None`` if the version is already complete here.
 
         Raises:

@@ -17,6 +17,10 @@ import hypothesis
 import psutil
 import pytest
 
+from lightning_gemini.controlplane.kv.etcd import load_etcd3
+
+load_etcd3()  # before another test brings in protobuf's other implementation
+
 SHARED_MEMORY = Path("/dev/shm")
 SESSION_VARIABLE = "LIGHTNING_GEMINI_TEST_SESSION"
 GRACE_S = 10.0

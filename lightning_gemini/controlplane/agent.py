@@ -168,7 +168,10 @@ class MachineAgent:
         for fetch in fetches:
             if fetch.target != self.settings.machine or self._store.complete_buffer(fetch.owner, fetch.id):
                 continue
-            transport = self._connect(self._peers[fetch.source])
+            peer = self._peers.get(fetch.source)
+            if peer is None:
+                raise ProtocolError(f"machine {fetch.source} is not in this generation any more")
+            transport = self._connect(peer)
             try:
                 total += transport.fetch(
                     fetch.owner,

@@ -32,6 +32,7 @@ class Replicator:
         self._wake = threading.Condition()
         self._epoch = 0
         self._held: dict[tuple[int, int], VersionId] = {}  # (owner, machine) -> newest version seen complete there
+        self._transports: set[ReplicaTransport] = set()
 
     def start(self, peers: Sequence[Peer]) -> None:
         """Serve these peers from now on, and no others."""

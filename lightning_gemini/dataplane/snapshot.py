@@ -72,6 +72,7 @@ class Snapshotter:
         self._thread: threading.Thread | None = None
         self._pinned: set[int] = set()
         self._latest: Snapshot | None = None
+        self._warned = False
 
     def start(self) -> None:
         """Start the thread."""
@@ -113,7 +114,10 @@ class Snapshotter:
         try:
             action()
         except Exception as error:  # training would wait for ever for a thread that has ended
-            log.warning("could not record what a version cost: %s", error)
+            log.debug("a deferred action failed: %s", error, exc_info=True)
+            if not self._warned:
+                self._warned = True
+                log.warning("could not record what a version cost (%s); training and checkpoints go on", error)
 
     def _take(self, snapshot: Snapshot) -> None:
         try:

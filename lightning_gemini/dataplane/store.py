@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import threading
+import time
 from collections.abc import Iterator
 
 from lightning_gemini.core.consistency import newest_complete, superseded, writable_buffer
@@ -24,6 +26,7 @@ class ShardStore:
         self.machine = machine
         self._lock = threading.RLock()
         self._slabs: dict[int, Slab] = {}
+        self._writers: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
         self.generation = 0
         self.machines = 1
         self.nproc_per_machine: int | None = None
@@ -110,15 +113,46 @@ class ShardStore:
 
     # -- what happens to versions ------------------------------------------------------------------------------------
 
-    def replica_target(self, owner: int, version: VersionId, data_bytes: int, sender_generation: int) -> Buffer | None:
+    def writer(self, owner: int) -> threading.Lock:
+        """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`."""
+        with self._lock:
+            return self._writers[owner]
+
+    def wait_for_writers(self, timeout_s: float) -> bool:
+        """Wait until nothing that peers sent is being written any more; false if that takes too long."""
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            writers = list(self._writers.values())
+        for writer in writers:
+            if not writer.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                return False
+            writer.release()
+        return True
+
+    def replica_target(
+        self,
+        owner: int,
+        version: VersionId,
+        data_bytes: int,
+        sender_generation: int,
+        kept: VersionId | None = None,
+    ) -> Buffer | None:
         """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`. The buffer is begun."""
         with self._lock:
             self._require_hosted(owner, sender_generation)
             if self.complete_buffer(owner, version) is not None:
                 return None
+            self._drop_between(owner, kept, version)
             buffer = self._free_buffer(owner, data_bytes)
             buffer.begin(version, data_bytes)
             return buffer
+
+    def _drop_between(self, owner: int, kept: VersionId | None, version: VersionId) -> None:
+        """Without this a version that was given up would be the newest here, and the common one be overwritten."""
+        slab = self._slabs.get(owner)
+        for buffer in slab.buffers if slab else ():
+            if kept is not None and buffer.id is not None and kept < buffer.id < version:
+                buffer.drop()
 
     def retrieval_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer:
         """The buffer that a shard fetched from a peer goes to."""
@@ -151,10 +185,10 @@ class ShardStore:
                 buffer.forget_origin()
 
     def abandon_unfinished(self, owner: int) -> None:
-        """The writer of this shard died: what it had not finished will never be."""
+        """The worker that wrote this shard died: what it had not finished will never be."""
         slab = self.slab(owner)
         for buffer in slab.buffers if slab else ():
-            if buffer.state is BufferState.WRITING:
+            if buffer.state is BufferState.WRITING and not buffer.retrieved:  # that one is this agent's own work
                 buffer.drop()
 
     def discard(self, owner: int, version: VersionId) -> None:

@@ -12,6 +12,7 @@ import hmac
 import secrets
 import socket
 import struct
+import time
 from dataclasses import dataclass
 
 from lightning_gemini.core.recovery import VersionId
@@ -19,14 +20,16 @@ from lightning_gemini.errors import AuthenticationError, ProtocolError
 
 PROTOCOL = 1
 MAX_CHUNK_BYTES = 1 << 30
-MAX_SHARD_BYTES = 1 << 44
+MAX_SHARD_BYTES = 1 << 42  # in chunks of MAX_CHUNK_BYTES it fills a buffer's checksum table
 MAX_REASON_BYTES = 4096
 HANDSHAKE_TIMEOUT_S = 5.0
 _MAGIC = b"LGGEMINI"
 _HELLO = struct.Struct("<8sHI16s32s")
 _PROOF = struct.Struct("<32s32s")
-_FRAME = struct.Struct("<4sBxxxIQQQQIQQ")
+_FRAME = struct.Struct("<4sBxxxIQQQQIQQQQ")
 _FRAME_MAGIC = b"LGFR"
+_NO_VERSION = VersionId(0, 0)
+_NOTHING_KEPT = 2**64 - 1
 
 
 class Kind(enum.IntEnum):
@@ -48,17 +51,18 @@ class Frame:
     """One frame; ``size`` and ``chunk_bytes`` mean what ``kind`` says.
 
     ``sender_generation`` is the generation that the sender is in: one that was declared dead may still be talking, about
-    versions old and new.
+    versions old and new. ``kept`` is the version that the sender keeps while it writes ``id``: the last one committed.
     """
 
     kind: Kind
     owner: int = 0
-    id: VersionId = VersionId(0, 0)
+    id: VersionId = _NO_VERSION
     size: int = 0
     chunk_bytes: int = 0
     length: int = 0
     checksum: int = 0
     sender_generation: int = 0
+    kept: VersionId | None = None
 
     def pack(self) -> bytes:
         """The frame as bytes, without its payload."""
@@ -73,6 +77,8 @@ class Frame:
             self.length,
             self.checksum,
             self.sender_generation,
+            self.kept.generation if self.kept else 0,
+            self.kept.version if self.kept else _NOTHING_KEPT,
         )
 
 
@@ -98,25 +104,32 @@ def receive(sock: socket.socket) -> Frame:
     """
     raw = bytearray(_FRAME.size)
     receive_into(sock, memoryview(raw), eof_ok=True)
-    magic, kind, owner, generation, version, size, chunk_bytes, length, checksum, sender = _FRAME.unpack(raw)
+    magic, kind, owner, generation, version, size, chunk_bytes, length, checksum, sender, *kept = _FRAME.unpack(raw)
     if magic != _FRAME_MAGIC or kind not in Kind._value2member_map_:
         raise ProtocolError("the peer sent something that is no frame; is another program using this port?")
-    frame = Frame(Kind(kind), owner, VersionId(generation, version), size, chunk_bytes, length, checksum, sender)
+    named = VersionId(generation, version)
+    kept_id = None if kept[1] == _NOTHING_KEPT else VersionId(*kept)
+    frame = Frame(Kind(kind), owner, named, size, chunk_bytes, length, checksum, sender, kept_id)
     limit = MAX_CHUNK_BYTES if frame.kind is Kind.CHUNK else MAX_REASON_BYTES
     if length > limit or size > MAX_SHARD_BYTES or chunk_bytes > MAX_CHUNK_BYTES:
         raise ProtocolError(f"the peer announced {length} bytes in a {frame.kind.name} frame, more than is allowed")
     return frame
 
 
-def receive_into(sock: socket.socket, target: memoryview, *, eof_ok: bool = False) -> None:
-    """Fill ``target`` from the socket.
+def receive_into(
+    sock: socket.socket, target: memoryview, *, eof_ok: bool = False, deadline: float | None = None
+) -> None:
+    """Fill ``target`` from the socket, until ``deadline`` on the monotonic clock where there is one.
 
     Raises:
         EOFError: The peer closed before the first byte and ``eof_ok``.
         ConnectionError: The peer closed in the middle.
+        TimeoutError: The deadline, or the socket's own timeout, passed.
     """
     received = 0
     while received < len(target):
+        if deadline is not None:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
         count = sock.recv_into(target[received:])
         if count == 0:
             if eof_ok and received == 0:
@@ -188,8 +201,9 @@ def accept(sock: socket.socket, job: str, secret: bytes, *, timeout_s: float | N
 
 def _read_handshake(sock: socket.socket, size: int, peer: object) -> bytes:
     raw = bytearray(size)
+    deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S  # for all of it: a byte now and then does not hold a thread
     try:
-        receive_into(sock, memoryview(raw), eof_ok=True)
+        receive_into(sock, memoryview(raw), eof_ok=True, deadline=deadline)
     except (EOFError, ConnectionError, TimeoutError) as error:
         raise AuthenticationError(f"{peer}: closed or silent during the handshake (another job or secret?)") from error
     return bytes(raw)

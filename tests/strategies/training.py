@@ -257,12 +257,13 @@ class Stopper(Callback):
 
     def __init__(self, out: Path, hook: str, **where: int) -> None:
         self.out, self.where = out, where
+        self.last = -2 if hook.startswith("on_validation_batch") else -1  # behind it comes the loader's number
         setattr(self, hook, self._maybe_stop)
 
     def _maybe_stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         if trainer.sanity_checking:
             return
-        here = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch": args[-1] if args else None}
+        here = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch": args[self.last] if args else None}
         if all(here[name] == value for name, value in self.where.items()):
             (self.out / f"stopped{os.environ['RANK']}").touch()
             time.sleep(600)

@@ -26,8 +26,13 @@ class Peer:
 class ReplicaTransport(Protocol):
     """Carries shards to and from one peer. One thread uses an instance at a time."""
 
-    def push(self, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool]) -> bool:
+    def push(
+        self, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool], kept: VersionId | None = None
+    ) -> bool:
         """Make ``version`` complete on the peer, streaming chunks as the writer seals them.
+
+        ``kept`` is the complete version in the owner's other buffer. What the peer holds between the two was given up by
+        all ranks; the peer forgets it, so that it overwrites that rather than the last common version.
 
         Returns once the peer has verified every byte (``True``), or the version was given up because ``still_wanted``
         turned false (``False``). The peer's previous complete version stays intact until then, and for good on failure.
@@ -49,3 +54,6 @@ class ReplicaTransport(Protocol):
 
     def close(self) -> None:
         """Close the connection; idempotent."""
+
+    def abort(self) -> None:
+        """Make the call in progress, and all that follow, fail at once. The one method for another thread."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
 import logging
 import socket
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 IO_TIMEOUT_S = 20.0
 _POLL_S = 0.001
+_ACCEPT_RETRY_S = 0.05
 
 
 class TcpTransport:
@@ -41,13 +42,16 @@ class TcpTransport:
         self._peer, self._job, self._secret, self._machine = peer, job, secret, machine
         self._generation = generation
         self._sock: socket.socket | None = None
+        self._aborted = False
 
-    def push(self, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool]) -> bool:
+    def push(
+        self, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool], kept: VersionId | None = None
+    ) -> bool:
         """See :class:`ReplicaTransport`."""
         with _closing_on_error(self):
             sock = self._connected()
             begin = Frame(Kind.BEGIN, buffer.owner, version, buffer.data_bytes, buffer.chunk_bytes)
-            wire.send(sock, dataclasses.replace(begin, sender_generation=self._generation))
+            wire.send(sock, dataclasses.replace(begin, sender_generation=self._generation, kept=kept))
             if self._answer(sock, (Kind.WANT, Kind.HAVE)).kind is Kind.HAVE:
                 return True
             finished = send_chunks(sock, buffer, version, still_wanted)
@@ -60,6 +64,8 @@ class TcpTransport:
             sock = self._connected()
             wire.send(sock, Frame(Kind.FETCH, owner, version))
             begin = self._answer(sock, (Kind.BEGIN,))
+            if (begin.owner, begin.id) != (owner, version):
+                raise ProtocolError(f"machine {self._peer.machine} sends another shard than it was asked for")
             buffer = allocate(begin.size)
             buffer.begin(version, begin.size, retrieved=True)
             if not receive_chunks(sock, buffer, begin):
@@ -72,11 +78,22 @@ class TcpTransport:
             self._sock.close()
             self._sock = None
 
+    def abort(self) -> None:
+        """See :class:`ReplicaTransport`."""
+        self._aborted = True
+        sock = self._sock
+        if sock is not None:  # not closed here: its number could be another file's before the other thread looks
+            _quietly(lambda: sock.shutdown(socket.SHUT_RDWR))
+
     def _connected(self) -> socket.socket:
+        if self._aborted:
+            raise ConnectionError(f"the connection to machine {self._peer.machine} was given up")
         if self._sock is None:
             self._sock = wire.connect(
                 self._peer.address, self._job, self._secret, self._machine, timeout_s=IO_TIMEOUT_S
             )
+        if self._aborted:  # while it connected
+            raise ConnectionError(f"the connection to machine {self._peer.machine} was given up")
         return self._sock
 
     def _answer(self, sock: socket.socket, expected: tuple[Kind, ...]) -> Frame:
@@ -122,6 +139,7 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
     Raises:
         IntegrityError: A chunk does not match its checksum.
         ProtocolError: Chunks out of order or of the wrong size.
+        OSError: The connection broke.
     """
     try:
         while (frame := wire.receive(sock)).kind is Kind.CHUNK:
@@ -141,6 +159,8 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
         if frame.kind is not Kind.ABORT:
             raise ProtocolError(f"unexpected {frame.kind.name} frame while receiving a shard")
         return False
+    except EOFError as error:
+        raise ConnectionError(f"the peer closed the connection in the middle of rank {begin.owner}'s shard") from error
     finally:
         if buffer.state is not BufferState.COMPLETE:
             buffer.drop()
@@ -149,8 +169,20 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
 class ShardHost(Protocol):
     """What the server needs from the agent's store."""
 
-    def replica_target(self, owner: int, version: VersionId, data_bytes: int, sender_generation: int) -> Buffer | None:
+    def writer(self, owner: int) -> threading.Lock:
+        """Whoever holds this lock, and nobody else, writes what comes from peers of this owner's shard."""
+
+    def replica_target(
+        self, owner: int, version: VersionId, data_bytes: int, sender_generation: int, kept: VersionId | None
+    ) -> Buffer | None:
         """The buffer to receive into, or ``None`` if the version is already complete here.
+
+        Args:
+            owner: Global rank whose shard it is.
+            version: Its version.
+            data_bytes: Its size.
+            sender_generation: The generation that the sender is in.
+            kept: The complete version that the owner holds beside it; what is in between was given up by all ranks.
 
         Raises:
             GeminiError: The replica is not wanted here (wrong owner, stale generation, no memory).
@@ -176,7 +208,6 @@ class ReplicaServer:
         self._connections: set[socket.socket] = set()
         self._lock = threading.Lock()
         self._refused: set[str] = set()
-        self._receiving: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
 
     @property
     def address(self) -> tuple[str, int]:
@@ -219,8 +250,9 @@ class ReplicaServer:
         while listener is not None and self._listener is listener:
             try:
                 sock, _ = listener.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or short of descriptors for a moment
+                time.sleep(_ACCEPT_RETRY_S)
+                continue
             threading.Thread(target=self._serve, args=(sock,), name="replica-connection", daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
@@ -229,6 +261,8 @@ class ReplicaServer:
             self._connections.add(sock)
         try:
             with sock:
+                if self._listener is None:  # closed meanwhile
+                    return
                 peer = str(sock.getpeername()[0])
                 wire.accept(sock, self._job, self._secret, timeout_s=None)
                 while True:
@@ -239,8 +273,10 @@ class ReplicaServer:
             if peer not in self._refused:  # one line a peer, however often it tries
                 self._refused.add(peer)
                 log.warning("refused a connection: %s", error)
-        except (GeminiError, OSError) as error:
-            log.debug("connection from %s ended: %s", peer, error)
+        except Exception as error:  # whatever a peer or its disconnection causes ends this connection alone
+            expected = isinstance(error, (GeminiError, OSError)) or self._listener is None
+            level = logging.DEBUG if expected else logging.ERROR
+            log.log(level, "connection from %s ended: %s", peer, error, exc_info=not expected)
         finally:
             with self._lock:
                 self._connections.discard(sock)
@@ -254,9 +290,8 @@ class ReplicaServer:
             raise ProtocolError(f"unexpected {frame.kind.name} frame")
 
     def _receive_replica(self, sock: socket.socket, begin: Frame) -> None:
-        with self._lock:
-            receiving = self._receiving[begin.owner]
-        if not receiving.acquire(blocking=False):  # an older connection of the same owner is still being torn down
+        receiving = self._store.writer(begin.owner)
+        if not receiving.acquire(blocking=False):  # being retrieved, or an older connection is still being torn down
             wire.refuse(sock, begin.owner, begin.id, f"is still receiving the shard of rank {begin.owner}")
             return
         try:
@@ -266,7 +301,9 @@ class ReplicaServer:
 
     def _receive_into_store(self, sock: socket.socket, begin: Frame) -> None:
         try:
-            buffer = self._store.replica_target(begin.owner, begin.id, begin.size, begin.sender_generation)
+            buffer = self._store.replica_target(
+                begin.owner, begin.id, begin.size, begin.sender_generation, begin.kept
+            )
         except GeminiError as error:
             wire.refuse(sock, begin.owner, begin.id, str(error))
             return
@@ -284,13 +321,13 @@ class ReplicaServer:
         if buffer is None:
             wire.refuse(sock, request.owner, request.id, f"does not hold {request.id} of rank {request.owner}")
             return
+        sock.settimeout(IO_TIMEOUT_S)
         wire.send(sock, Frame(Kind.BEGIN, request.owner, request.id, buffer.data_bytes, buffer.chunk_bytes))
         finished = send_chunks(sock, buffer, request.id, lambda: True)
         wire.send(sock, Frame(Kind.END if finished else Kind.ABORT, request.owner, request.id))
+        sock.settimeout(None)
 
 
 def _quietly(action: Callable[[], object]) -> None:
-    try:
+    with contextlib.suppress(OSError):
         action()
-    except OSError:
-        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections import Counter
@@ -106,6 +107,8 @@ class Screen:
 
     def _write(self, line: str, *, stays: bool) -> None:
         text = f"[{self._title}] {line}"
+        if self._live and not stays:
+            text = text[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be rewritten
         self._out.write(f"\r\x1b[K{text}" if self._live else text)
         self._out.write("\n" if stays else "")
         self._out.flush()

@@ -47,7 +47,7 @@ def draw(run: Run, faults: Sequence[Fault], path: Path) -> None:
         _label(axes[0], fault, start)
     axes[-1].set_xlabel("seconds since the job started")
     axes[-1].set_xlim(0, end - start)
-    figure.suptitle("GPT-2, ZeRO: throughput of every node; processes are killed with SIGKILL", fontsize=13)
+    figure.suptitle("GPT-2 under DeepSpeed ZeRO: throughput of every node while SIGKILL hits", fontsize=13)
     figure.legend(handles=_legend(), loc="outside lower center", ncols=len(_PHASES) + 3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
 

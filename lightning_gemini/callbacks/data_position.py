@@ -55,9 +55,9 @@ def make_resumable(
         return loader
     tracker = PositionTracker(in_flight, epoch_over)
     if _has_state(loader):
-        return swap_class(loader, stateful_class, tracker) or StatefulProxy(loader, tracker)
+        return loader if swap_class(loader, stateful_class, tracker) else StatefulProxy(loader, tracker)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
-        return swap_class(loader, map_style_class, tracker) or loader
+        swap_class(loader, map_style_class, tracker)
     return loader
 
 

@@ -17,7 +17,7 @@ from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.controlplane import standalone
 from lightning_gemini.controlplane.events import EventLog, append_line
-from lightning_gemini.core.recovery import Tier
+from lightning_gemini.core.recovery import Tier, VersionId
 from lightning_gemini.dataplane import persister, shard
 from lightning_gemini.dataplane.persister import Persister
 from lightning_gemini.dataplane.shard import Layout
@@ -58,6 +58,7 @@ class JobState:
         self.memory = PeerMemory(config, identity, self.group)
         self.zero = ZeroState(engine)
         self.found: RestoredShard | None = None
+        self._declined: VersionId | None = None
         self.module_state: dict[str, Any] = {}
         self.persister = self._make_persister(root_dir)
         self.finished = False
@@ -120,7 +121,7 @@ class JobState:
             return self._checkpoint(found)
         if self.identity.global_rank == 0:
             log.warning("ckpt_path=%s wins over version %d (%s)", ckpt_path, found.version, found.tier.value)
-        self.found = None
+        self.found, self._declined = None, found.id
         self.memory.resume_from(found.id)  # memory keeps it until a newer version is committed
         return None
 
@@ -156,9 +157,7 @@ class JobState:
             return None
         began = time.monotonic()
         directory = store.directory
-        candidates = self.group.from_first(
-            [] if persister.is_finished(directory) else [path.name for _, path in persister.checkpoints(directory)]
-        )
+        candidates = self.group.from_first(persister.resumable(directory))
         for name in candidates:
             found = self._read_persistent(directory / name, began)
             if all(self.group.gather(found is not None)):
@@ -211,6 +210,7 @@ class JobState:
             replicated=self.memory.replicas > 1,
             commit_wait_s=self.config.commit_wait_s,
             resumed=self.found.id if self.found else None,
+            declined=self._declined,
             record=_cost_log(self.identity.global_rank),
         )
         self.slab = slab
@@ -263,7 +263,9 @@ class JobState:
                 raise error or failures[0]
         directory = explicit or self.group.from_first(_default_directory(root_dir))
         world_size = self.identity.machines * self.identity.nproc_per_machine
-        return Persister(Path(directory), self.identity.global_rank, world_size, _deepspeed_files, _recovery_scripts())
+        made = Persister(Path(directory), self.identity.global_rank, world_size, _deepspeed_files, _recovery_scripts())
+        made.discard_abandoned()
+        return made
 
 
 def _cost_log(rank: int) -> Callable[[dict[str, Any]], None]:

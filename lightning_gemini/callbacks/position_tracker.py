@@ -51,6 +51,7 @@ class Position:
         delivered: batches of the epoch before this place.
         fetch: random state when the next fetch (or the next epoch) begins.
         next_epoch: the epoch is over (or none has begun), so that the next ``iter`` begins another.
+        exhausted: the iterator has reported its end, which may have drawn, too.
         inner: the loader's own state here, for a loader with state.
     """
 
@@ -58,6 +59,7 @@ class Position:
     delivered: int
     fetch: RandomState
     next_epoch: bool = False
+    exhausted: bool = False
     inner: Any = None
 
     def to_plain(self) -> dict[str, Any]:
@@ -65,7 +67,8 @@ class Position:
         origin = self.origin
         states = {"created": origin.created, "iterated": origin.iterated, "drawn": origin.drawn, "fetch": self.fetch}
         plain = {name: state.to_plain() if state else None for name, state in states.items()}
-        return {"delivered": self.delivered, "next_epoch": self.next_epoch, "workers": origin.workers, **plain}
+        flags = {"workers": origin.workers, "next_epoch": self.next_epoch, "exhausted": self.exhausted}
+        return {"delivered": self.delivered, **flags, **plain}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any], inner: Any = None) -> Position:
@@ -74,7 +77,8 @@ class Position:
             name: plain[name] and RandomState.from_plain(plain[name]) for name in ("created", "iterated", "drawn")
         }
         fetch = RandomState.from_plain(plain["fetch"])
-        return cls(Origin(plain["workers"], **states), plain["delivered"], fetch, plain["next_epoch"], inner)
+        origin = Origin(plain["workers"], **states)
+        return cls(origin, plain["delivered"], fetch, plain["next_epoch"], plain["exhausted"], inner)
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +100,7 @@ class Cursor:
 
 @dataclass(slots=True, eq=False)
 class _Resumption:
-    """From ``iter`` of a loaded position to the end of the first fetch; `fetch` is the random state for that fetch."""
+    """From ``iter`` at a loaded position to the end of the first fetch; `fetch` is the random state for that fetch."""
 
     position: Position
     cursor: Cursor
@@ -136,10 +140,10 @@ class PositionTracker:
         return None if resumption is None or resumption.position.next_epoch else resumption.position
 
     @property
-    def leaving_epoch(self) -> RandomState | None:
-        """On resume behind an epoch whose end the loader has not reported: the random state there."""
-        position = None if self._resumption is None else self._resumption.position
-        return position.fetch if position is not None and position.next_epoch and position.delivered else None
+    def next_epoch(self) -> Position | None:
+        """The position behind an epoch from where the next one is to begin, at the first fetch."""
+        resumption = self._resumption
+        return resumption.position if resumption is not None and resumption.position.next_epoch else None
 
     def forget(self) -> None:
         """Forgets all positions; whatever the loader does next is taken as its beginning."""
@@ -153,9 +157,9 @@ class PositionTracker:
 
     def position(self, sources: tuple[RandomSource, ...], length: int | None, read_inner: ReadInner) -> Position:
         """The position before the fetches in flight."""
-        if self._loaded is not None:
-            return self._loaded
-        if self._resumption is None and (steps := self.in_flight()) > 0 and self._recent:
+        if self._loaded is not None or self._resumption is not None:
+            return self._loaded or self._resumption.position  # type: ignore[union-attr]
+        if (steps := self.in_flight()) > 0 and self._recent:
             return self._recent[-min(steps, len(self._recent))]
         now = RandomState.capture(sources)
         if self._cursor is None:
@@ -163,9 +167,6 @@ class PositionTracker:
         return self._here(self._cursor, now, length, read_inner)
 
     def _here(self, cursor: Cursor, now: RandomState, length: int | None, read_inner: ReadInner) -> Position:
-        if self._resumption is not None:
-            inner = self._resumption.position.inner if self.resuming else read_inner()
-            return Position(cursor.origin, cursor.delivered, self._resumption.fetch, inner=inner)
         if self.epoch_over is not None:
             over = self.epoch_over()
         elif length is None:
@@ -173,29 +174,34 @@ class PositionTracker:
         else:  # at the last batch; but who has read beyond it, and has not begun another epoch, has other loaders
             over = cursor.delivered >= length and not cursor.exhausted
         if cursor.exhausted and not over:
-            return Position(cursor.origin, cursor.delivered, now, inner=cursor.last_inner)
-        return Position(cursor.origin, 0 if cursor.exhausted else cursor.delivered, now, over, read_inner())
+            return Position(cursor.origin, cursor.delivered, now, exhausted=True, inner=cursor.last_inner)
+        delivered = 0 if cursor.exhausted else cursor.delivered
+        return Position(cursor.origin, delivered, now, next_epoch=over, inner=read_inner())
 
     def begin(self, sources: tuple[RandomSource, ...], workers: bool, length: int | None) -> Cursor:
         """Begins an epoch or goes on with the loaded one. Called before the loader's own iterator is made."""
         self.sources, self._workers = sources, workers
         if self._resumption is not None:  # given up without a fetch: this epoch begins where that one was to go on
-            self._resumption.position.fetch.restore(sources)
+            self._restore_between_epochs()
         loaded, self._loaded, self._resumption = self._loaded, None, None
         self._cursor = Cursor(Origin(workers), length)
         if loaded is not None:
-            if loaded.next_epoch:
-                loaded.fetch.restore(sources)
-            else:
+            if not loaded.next_epoch:
                 self._cursor = Cursor(loaded.origin, length, loaded.delivered)
             self._resumption = _Resumption(loaded, self._cursor, loaded.fetch)
             _awaiting_first_fetch.add(self)
         return self._cursor
 
-    def begun(self) -> None:
-        """Ends what `begin` began, when the loader's own iterator has been made."""
-        if self._resumption is not None and self._resumption.position.next_epoch:
-            self._resumption.fetch = RandomState.capture(self.sources)  # the hooks before the first fetch do not count
+    def begin_late(self) -> None:
+        """Begins the epoch behind a loaded position, at its first fetch: by then Lightning has set the epoch."""
+        if self._resumption is not None:
+            self._take_turn(self._resumption)
+            self._restore_between_epochs()
+            self._resumption = None
+
+    def _restore_between_epochs(self) -> None:
+        assert self._resumption is not None
+        self._resumption.fetch.restore([source for source in self.sources if not source.set_by_consumer])
 
     @contextmanager
     def creation(self) -> Iterator[None]:
@@ -240,7 +246,7 @@ class PositionTracker:
         elif not self._fetching:  # saved before the first fetch, which would have drawn
             position.fetch.restore(self.sources)
         origin.drawn = RandomState.capture(self.sources)
-        next(islice(indices, position.delivered, position.delivered), None)
+        deque(islice(indices, None if position.exhausted else position.delivered), maxlen=0)
         if origin.workers:  # the next index had been drawn before the fetch began, too
             ahead.extend(islice(indices, 1))
         if self._fetching and (position.delivered or not self._created_in_fetch):
@@ -259,10 +265,10 @@ class PositionTracker:
         else:
             self._take_turn(resumption)
             self._restore_fetch()
-            fetch, inner = resumption.fetch, resumption.position.inner if self.resuming else read_inner()
+            fetch, inner = resumption.fetch, resumption.position.inner
         if inner is not None and cursor.origin.drawn is None:
             cursor.origin.drawn = fetch
-        return Position(cursor.origin, cursor.delivered, fetch, inner=inner)
+        return Position(cursor.origin, cursor.delivered, fetch, exhausted=cursor.exhausted, inner=inner)
 
     def end_fetch(self, position: Position | None) -> None:
         """Ends a fetch; `position` is where it began, None if it is not one to repeat."""
@@ -313,12 +319,17 @@ class TrackedSampler:
 class CountedBatches(Iterator[Any]):
     """A loader's own iterator, with every fetch reported to the tracker; all else is the iterator's."""
 
-    def __init__(self, batches: Any, tracker: PositionTracker, cursor: Cursor, read_inner: ReadInner) -> None:
-        self._batches, self._tracker, self._cursor, self._read_inner = batches, tracker, cursor, read_inner
-        tracker.begun()
+    def __init__(
+        self, iterate: Callable[[], Any], tracker: PositionTracker, cursor: Cursor, read_inner: ReadInner
+    ) -> None:
+        self._tracker, self._cursor, self._iterate, self._read_inner = tracker, cursor, iterate, read_inner
+        self._batches = None if tracker.next_epoch else iterate()
 
     def __next__(self) -> Any:
         tracker, cursor = self._tracker, self._cursor
+        if self._batches is None:
+            tracker.begin_late()
+            self._batches = self._iterate()
         position = tracker.begin_fetch(cursor, self._inner)
         done: Position | None = None
         try:
@@ -326,7 +337,8 @@ class CountedBatches(Iterator[Any]):
             cursor.delivered += 1
             done = position
         except StopIteration:
-            cursor.exhausted, cursor.last_inner = True, position.inner
+            if not cursor.exhausted:
+                cursor.exhausted, cursor.last_inner = True, position.inner
             if cursor.length is not None:  # else Lightning looked ahead for the end, which is no fetch to repeat
                 done = position
             raise
@@ -338,7 +350,7 @@ class CountedBatches(Iterator[Any]):
         return self._cursor.last_inner if self._cursor.exhausted else self._read_inner()
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._batches)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         if name == "_batches":

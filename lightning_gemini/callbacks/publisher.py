@@ -36,6 +36,8 @@ class VersionPublisher:
         replicated: Whether other machines hold copies that must be waited for.
         commit_wait_s: See :class:`~lightning_gemini.config.CheckpointConfig`.
         resumed: The version that memory holds already, if training resumed from it.
+        declined: The version that memory holds, if the user's own checkpoint was loaded in its place: it stays until a
+            newer one is committed.
         record: Takes what each committed version cost; called on the snapshot thread.
     """
 
@@ -49,16 +51,18 @@ class VersionPublisher:
         replicated: bool,
         commit_wait_s: float,
         resumed: VersionId | None,
+        declined: VersionId | None,
         record: Callable[[dict[str, Any]], None],
     ) -> None:
         self._slab, self._snapshotter, self._group = slab, snapshotter, group
         self._generation, self._replicated, self._commit_wait_s = generation, replicated, commit_wait_s
-        self.newest: VersionId | None = resumed
-        self.committed: VersionId | None = None
+        self.newest: VersionId | None = resumed or declined
+        self.committed: VersionId | None = declined
         self.skipped = 0
         self._snapshot: Snapshot | None = None
         self._failed = False
         self._exchange: MinExchange | None = None
+        self._waited_for: VersionId | None = None
         self._wish = False
         self.persist_wished = False
         self._write_record = record
@@ -140,7 +144,10 @@ class VersionPublisher:
     def _complete_here(self) -> int:
         """This rank's newest version if it is complete on all holders, waiting for it a little."""
         assert self.newest is not None
-        deadline = time.monotonic() + self._commit_wait_s
+        # Once a version: a peer that stays away delays one step, not every step.
+        patience_s = 0.0 if self._waited_for == self.newest else self._commit_wait_s
+        self._waited_for = self.newest
+        deadline = time.monotonic() + patience_s
         while not self._failed:
             if self._snapshot is not None and self._snapshot.error is not None:
                 log.warning("version %d failed: %s", self.newest.version, self._snapshot.error)

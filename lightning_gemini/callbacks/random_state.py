@@ -39,6 +39,11 @@ class RandomSource:
     owner: Any
     epoch_name: str | None = None
 
+    @property
+    def set_by_consumer(self) -> bool:
+        """Whether it is an epoch that whoever iterates sets before each one, as Lightning does."""
+        return self.epoch_name is not None and callable(getattr(self.owner, "set_epoch", None))
+
     def read(self) -> Any:
         """The state, in an object of its own."""
         if self.epoch_name is not None:

@@ -65,7 +65,7 @@ def map_style_class(ordinary: Any) -> type:
 
         def __iter__(self) -> Any:
             cursor = self._gemini_tracker.begin(find_random_sources(self), self.num_workers > 0, _length(self))
-            return CountedBatches(super().__iter__(), self._gemini_tracker, cursor, _nothing)
+            return CountedBatches(super().__iter__, self._gemini_tracker, cursor, _nothing)
 
         def _get_iterator(self) -> Any:
             with self._gemini_tracker.creation():
@@ -141,18 +141,18 @@ class StatefulProxy:
         self._loader.load_state_dict(_load_stateful(self._gemini_tracker, state_dict))
 
 
-def swap_class(loader: Any, make_class: Callable[[Any], type], tracker: PositionTracker) -> object | None:
-    """Gives a loader the class made from its own; None if Python does not allow that."""
+def swap_class(loader: Any, make_class: Callable[[Any], type], tracker: PositionTracker) -> bool:
+    """Gives a loader the class made from its own; False if Python does not allow that."""
     if not hasattr(loader, "__dict__"):
-        return None
+        return False
     try:
         loader.__class__ = make_class(type(loader))
     except TypeError:
-        return None
+        return False
     loader._gemini_position = tracker
     if make_class is map_style_class and loader._iterator is not None:  # persistent workers that are in use already
         loader._iterator._index_sampler = TrackedSampler(loader._iterator._index_sampler, tracker)
-    return loader  # type: ignore[no-any-return]
+    return True
 
 
 def _named_like(ordinary: type, made: type) -> type:
@@ -193,16 +193,22 @@ def _iterate_stateful(
 ) -> CountedBatches:
     sources, workers = find_random_sources(loader), getattr(loader, "num_workers", 0) > 0
     cursor, read = tracker.begin(sources, workers, _length(loader)), _copying(read)
-    if tracker.resuming is not None:
-        with _order_drawn_again(loader, cursor.origin, tracker):
-            return CountedBatches(iterate(), tracker, cursor, read)
-    if tracker.leaving_epoch is not None:  # its own state is still in the epoch that is over
-        iterate()
-        tracker.leaving_epoch.restore(sources)
-    cursor.origin.iterated = RandomState.capture(sources)
-    if not (workers and getattr(loader, "persistent_workers", False) and loader._iterator is not None):
-        cursor.origin.created = cursor.origin.iterated
-    return CountedBatches(iterate(), tracker, cursor, read)
+    left = tracker.next_epoch
+
+    def make() -> Any:
+        if tracker.resuming is not None:
+            with _order_drawn_again(loader, cursor.origin, tracker):
+                return iterate()
+        if left is not None and left.delivered:  # its own state is still in the epoch that is over
+            here = RandomState.capture(sources)
+            next(iterate(), None)  # lazy ones take in what they loaded only now
+            here.restore(sources)
+        cursor.origin.iterated = RandomState.capture(sources)
+        if not (workers and getattr(loader, "persistent_workers", False) and loader._iterator is not None):
+            cursor.origin.created = cursor.origin.iterated
+        return iterate()
+
+    return CountedBatches(make, tracker, cursor, read)
 
 
 @contextmanager

@@ -6,18 +6,16 @@ dead, which generation it is) is :mod:`lightning_gemini.controlplane.worker_agen
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_gemini.controlplane.messages import receive_message, send_message
+from lightning_gemini.controlplane.control_socket import ControlSocket, Reply, WorkerSession
 from lightning_gemini.core.recovery import (
     Fetch,
     fetch_from_json,
@@ -29,10 +27,12 @@ from lightning_gemini.dataplane.slab import BufferState
 from lightning_gemini.dataplane.store import ShardStore
 from lightning_gemini.dataplane.transport import Peer, TcpTransport
 from lightning_gemini.dataplane.transport.tcp import ReplicaServer
-from lightning_gemini.errors import AgentError, GeminiError, ProtocolError
+from lightning_gemini.errors import AgentError, ProtocolError
 from lightning_gemini.version import __version__
 
 log = logging.getLogger(__name__)
+
+_FENCE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,12 @@ class MachineAgent:
         self._server = ReplicaServer(settings.bind_host, settings.job, settings.secret, self._store)
         self._replicator = Replicator(self._store, self._connect)
         self._peers: dict[int, Peer] = {}
-        self._control: socket.socket | None = None
+        self._control = ControlSocket(settings.socket_path, self._handle, self._worker_left)
         self._workers: dict[int, int] = {}  # global rank -> pid
         self._last_seen = time.monotonic()
         self._retrieving = threading.Lock()  # the root orders retrievals ahead, workers ask for what is still missing
+        self._retrieval: TcpTransport | None = None
+        self._closing = threading.RLock()  # a second signal may come while the first is being handled
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -89,26 +91,26 @@ class MachineAgent:
             AgentError: Another agent serves this socket.
             OSError: The interface or the socket's directory cannot be used.
         """
-        self._control = _listen(self.settings.socket_path)
         self._server.start()
-        threading.Thread(target=self._accept, name="control", daemon=True).start()
+        try:
+            self._control.start()
+        except BaseException:
+            self._server.close()
+            raise
         if self.settings.idle_timeout_s is not None:
             threading.Thread(target=self._leave_when_idle, name="idle", daemon=True).start()
 
     def close(self) -> None:
-        """Close the sockets and free the memory; idempotent."""
-        if self.closed.is_set():
-            return
-        self.closed.set()
-        control, self._control = self._control, None
-        if control is not None:
-            self.settings.socket_path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                control.shutdown(socket.SHUT_RDWR)
-            control.close()
-        self._replicator.close()
-        self._server.close()
-        self._store.clear()
+        """Close the sockets and free the memory; idempotent. ``closed`` is set when all that is done."""
+        with self._closing:
+            if self.closed.is_set():
+                return
+            self._control.close()
+            self._replicator.close()
+            self._end_transfers()
+            self._server.close()
+            self._store.clear()
+            self.closed.set()
 
     def __enter__(self) -> MachineAgent:
         self.start()
@@ -141,6 +143,8 @@ class MachineAgent:
             LayoutMismatchError: Memory holds a job of another shape.
         """
         self._store.enter_generation(generation, len(addresses), nproc_per_node)
+        self._replicator.close()
+        self._end_transfers()
         for rank in self._store.own_ranks():
             self._store.abandon_unfinished(rank)
             slab = self._store.slab(rank)
@@ -149,6 +153,15 @@ class MachineAgent:
         me = self.settings.machine
         self._peers = {rank: Peer(rank, (host, port)) for rank, (host, port) in enumerate(addresses) if rank != me}
         self._replicator.start(list(self._peers.values()))
+
+    def _end_transfers(self) -> None:
+        """What older generations still send or retrieve must not land in memory after the next report."""
+        retrieval = self._retrieval
+        if retrieval is not None:
+            retrieval.abort()
+        self._server.disconnect()
+        if not self._store.wait_for_writers(_FENCE_TIMEOUT_S):
+            log.error("a transfer of an older generation did not end within %.0f s", _FENCE_TIMEOUT_S)
 
     def retrieve(self, fetches: Sequence[Fetch]) -> tuple[int, float]:
         """Fetch shards from peers into this machine's memory.
@@ -160,27 +173,29 @@ class MachineAgent:
             GeminiError: A shard could not be fetched.
             OSError: A peer could not be reached.
         """
+        generation = self._store.generation
         with self._retrieving:
-            return self._retrieve(fetches)
+            began = time.monotonic()
+            mine = [fetch for fetch in fetches if fetch.target == self.settings.machine]
+            return sum(self._fetch(fetch, generation) for fetch in mine), time.monotonic() - began
 
-    def _retrieve(self, fetches: Sequence[Fetch]) -> tuple[int, float]:
-        began, total = time.monotonic(), 0
-        for fetch in fetches:
-            if fetch.target != self.settings.machine or self._store.complete_buffer(fetch.owner, fetch.id):
-                continue
+    def _fetch(self, fetch: Fetch, generation: int) -> int:
+        with self._store.writer(fetch.owner):
+            if self._store.complete_buffer(fetch.owner, fetch.id):
+                return 0
             peer = self._peers.get(fetch.source)
             if peer is None:
                 raise ProtocolError(f"machine {fetch.source} is not in this generation any more")
-            transport = self._connect(peer)
+            self._retrieval = transport = self._connect(peer)
             try:
-                total += transport.fetch(
-                    fetch.owner,
-                    fetch.id,
-                    lambda size, fetch=fetch: self._store.retrieval_target(fetch.owner, fetch.id, size),  # type: ignore[misc]
+                if self._store.generation != generation:
+                    raise ProtocolError(f"retrieval given up: generation {self._store.generation} began")
+                return transport.fetch(
+                    fetch.owner, fetch.id, lambda size: self._store.retrieval_target(fetch.owner, fetch.id, size)
                 )
             finally:
+                self._retrieval = None
                 transport.close()
-        return total, time.monotonic() - began
 
     def progress(self) -> dict[int, int]:
         """Optimizer steps that each rank of this machine completed; survives the rank's process."""
@@ -195,69 +210,48 @@ class MachineAgent:
             "pid": os.getpid(),
             "version": __version__,
             "generation": self._store.generation,
-            "holdings": [self._describe(buffer) for slab in self._store.slabs() for buffer in slab.buffers if buffer.id],
+            "holdings": list(self._holdings()),
             "memory_bytes": self._store.total_bytes,
             "progress": {str(rank): step for rank, step in self.progress().items()},
             "workers": [{"rank": rank, "pid": pid} for rank, pid in sorted(self._workers.items())],
             **self.status_extra(),
         }
 
-    def _describe(self, buffer: Any) -> dict[str, Any]:
-        return {
-            "owner": buffer.owner,
-            "generation": buffer.id.generation,
-            "version": buffer.id.version,
-            "complete": buffer.state is BufferState.COMPLETE,
-            "bytes": buffer.data_bytes,
-            "role": "owner" if buffer.owner in self._store.own_ranks() else "replica",
-        }
+    def _holdings(self) -> Iterator[dict[str, Any]]:
+        for buffer in (buffer for slab in self._store.slabs() for buffer in slab.buffers):
+            version, complete = buffer.id, buffer.state is BufferState.COMPLETE
+            if version is not None:
+                yield {
+                    "owner": buffer.owner,
+                    "generation": version.generation,
+                    "version": version.version,
+                    "complete": complete,
+                    "bytes": buffer.data_bytes,
+                    "role": "owner" if buffer.owner in self._store.own_ranks() else "replica",
+                }
 
     def _connect(self, peer: Peer) -> TcpTransport:
         return TcpTransport(peer, self.settings.job, self._secret, self.settings.machine, self._store.generation)
 
     # -- workers -----------------------------------------------------------------------------------------------------
 
-    def _accept(self) -> None:
-        control = self._control
-        while control is not None and not self.closed.is_set():
-            try:
-                sock, _ = control.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(sock,), name="worker-connection", daemon=True).start()
+    def _handle(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
+        self._last_seen = time.monotonic()
+        name = request.get("request")
+        handler = getattr(self, f"_on_{name}", None)
+        if handler is None:
+            raise ProtocolError(f"unknown request {name!r:.80}")
+        if name != "hello" and not session.pid:
+            raise ProtocolError("the first request must be 'hello', with the job and the version")
+        reply: Reply = handler(session, request)
+        return reply
 
-    def _serve(self, sock: socket.socket) -> None:
-        session = _WorkerSession()
-        with sock:
-            try:
-                while True:
-                    request, _ = receive_message(sock)
-                    self._last_seen = time.monotonic()
-                    self._answer(sock, session, request)
-            except (EOFError, OSError):
-                pass
-            finally:
-                self._worker_left(session)
-
-    def _answer(self, sock: socket.socket, session: _WorkerSession, request: dict[str, Any]) -> None:
-        try:
-            handler = getattr(self, f"_on_{request.get('request')}", None)
-            if handler is None:
-                raise ProtocolError(f"unknown request {request.get('request')!r}")
-            reply, descriptors = handler(session, request)
-        except (GeminiError, OSError) as error:
-            reply, descriptors = {"error": str(error), "kind": type(error).__name__}, ()
-        except (KeyError, TypeError, ValueError) as error:
-            reply, descriptors = {"error": f"malformed request: {error!r}", "kind": "ProtocolError"}, ()
-        if reply is not None:
-            send_message(sock, reply, descriptors)
-
-    def _worker_left(self, session: _WorkerSession) -> None:
+    def _worker_left(self, session: WorkerSession) -> None:
         if session.rank is not None and self._workers.get(session.rank) == session.pid:
             del self._workers[session.rank]
             self._store.abandon_unfinished(session.rank)
 
-    def _on_hello(self, session: _WorkerSession, request: dict[str, Any]) -> Any:
+    def _on_hello(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
         if request["job"] != self.settings.job:
             raise AgentError(
                 f"this agent (pid {os.getpid()}) serves job {self.settings.job}, not {request['job']}: "
@@ -266,7 +260,7 @@ class MachineAgent:
         if request["version"] != __version__:
             raise AgentError(
                 f"this agent (pid {os.getpid()}) is lightning-gemini {__version__}, the caller {request['version']}: "
-                "run 'lightning-gemini stop' with the agent's version, then start again"
+                "run 'lightning-gemini stop --agents' with the agent's version or end that process, then start again"
             )
         session.pid = int(request["pid"])
         return {
@@ -277,61 +271,63 @@ class MachineAgent:
             "address": list(self.replica_address),
         }, ()
 
-    def _on_secret(self, _: _WorkerSession, request: dict[str, Any]) -> Any:
+    def _on_secret(self, _: WorkerSession, request: dict[str, Any]) -> Reply:
         """Plain mode: the agents that a job's ranks started agree on the first one's secret."""
         self._secret = bytes.fromhex(request["secret"])
         self._server.set_secret(self._secret)
         return {}, ()
 
-    def _on_peers(self, _: _WorkerSession, request: dict[str, Any]) -> Any:
+    def _on_peers(self, _: WorkerSession, request: dict[str, Any]) -> Reply:
         addresses = [(str(host), int(port)) for host, port in request["addresses"]]
         self.set_peers(int(request["generation"]), int(request["nproc"]), addresses)
         return {}, ()
 
-    def _on_join(self, session: _WorkerSession, request: dict[str, Any]) -> Any:
+    def _on_join(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
+        rank = int(request["rank"])
+        if rank not in self._store.own_ranks():
+            raise ProtocolError(f"rank {rank} is not of machine {self.settings.machine}: {self._store.own_ranks()}")
         self._store.set_replication(int(request["replicas"]), str(request["placement"]))
-        session.rank = int(request["rank"])
+        session.rank = rank
         self._workers[session.rank] = session.pid
         return self.report(), ()
 
-    def _on_attach(self, session: _WorkerSession, request: dict[str, Any]) -> Any:
-        assert session.rank is not None
-        existing = self._store.slab(session.rank)
+    def _on_attach(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
+        rank = _joined(session)
+        existing = self._store.slab(rank)
         if existing is None and not request.get("create", True):
             return {"found": False}, ()
-        slab = existing or self._store.own(session.rank, int(request["bytes"]))
+        slab = existing or self._store.own(rank, int(request["bytes"]))
         return {"found": True}, tuple(buffer.fd for buffer in slab.buffers)
 
-    def _on_report(self, *_: Any) -> Any:
+    def _on_report(self, *_: Any) -> Reply:
         return self.report(), ()
 
-    def _on_retrieve(self, _: _WorkerSession, request: dict[str, Any]) -> Any:
+    def _on_retrieve(self, _: WorkerSession, request: dict[str, Any]) -> Reply:
         received, seconds = self.retrieve([fetch_from_json(fetch) for fetch in request["fetches"]])
         return {"bytes": received, "seconds": seconds}, ()
 
-    def _on_resume_from(self, _: _WorkerSession, request: dict[str, Any]) -> Any:
+    def _on_resume_from(self, _: WorkerSession, request: dict[str, Any]) -> Reply:
         version = request["id"]
         self._store.resume_from(None if version is None else version_from_json(version))
         return {}, ()
 
-    def _on_discard(self, session: _WorkerSession, request: dict[str, Any]) -> Any:
-        assert session.rank is not None
-        self._store.discard(session.rank, version_from_json(request["id"]))
+    def _on_discard(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
+        self._store.discard(_joined(session), version_from_json(request["id"]))
         return {}, ()
 
-    def _on_notify(self, *_: Any) -> Any:
+    def _on_notify(self, *_: Any) -> Reply:
         self._replicator.notify()
-        return None, ()
+        return {}, ()
 
-    def _on_fatal(self, session: _WorkerSession, request: dict[str, Any]) -> Any:
+    def _on_fatal(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
         if self.on_fatal is not None:
             self.on_fatal(session.rank if session.rank is not None else -1, str(request["message"]))
         return {}, ()
 
-    def _on_status(self, *_: Any) -> Any:
+    def _on_status(self, *_: Any) -> Reply:
         return self.status(), ()
 
-    def _on_stop(self, *_: Any) -> Any:
+    def _on_stop(self, *_: Any) -> Reply:
         threading.Timer(0.05, self.close).start()  # let the answer out first
         return {}, ()
 
@@ -345,27 +341,7 @@ class MachineAgent:
                 self.close()
 
 
-@dataclass(slots=True)
-class _WorkerSession:
-    rank: int | None = None
-    pid: int = 0
-
-
-def _listen(path: Path) -> socket.socket:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    old_mask = os.umask(0o177)
-    try:
-        if path.exists():
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if probe.connect_ex(str(path)) == 0:
-                    raise AgentError(f"another agent serves {path}: stop it ('lightning-gemini stop') or use another run dir")
-            path.unlink()  # left behind by an agent that was killed
-        sock.bind(str(path))
-        sock.listen(64)
-    except BaseException:
-        sock.close()
-        raise
-    finally:
-        os.umask(old_mask)
-    return sock
+def _joined(session: WorkerSession) -> int:
+    if session.rank is None:
+        raise ProtocolError("only a worker that joined has a shard")
+    return session.rank

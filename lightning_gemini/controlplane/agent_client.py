@@ -134,6 +134,7 @@ class AgentClient:
                 send_message(self._sock, message)
                 reply, descriptors = receive_message(self._sock)
             except (EOFError, OSError) as error:
+                self._sock.close()  # a late answer would be taken for that to the next request
                 raise AgentError(f"the agent at {self.socket_path} went away ({error or 'closed'})") from error
         if "error" in reply:
             raise _error_named(reply["kind"], reply["error"])

@@ -1,4 +1,7 @@
-"""How workers and the command line speak to their machine's agent: length-prefixed JSON on a unix socket, with descriptors."""
+"""How workers and the command line speak to their machine's agent: length-prefixed JSON on a unix socket.
+
+File descriptors may go with a message.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from lightning_gemini.errors import ProtocolError
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 8 << 20
 _MAX_DESCRIPTORS = 16
+UNANSWERED = frozenset({"notify"})
+"""Requests that nobody waits for an answer to."""
 
 
 def send_message(sock: socket.socket, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
@@ -32,7 +37,8 @@ def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
         EOFError: The other side closed the connection.
         ProtocolError: It is no message, or too long.
     """
-    data, descriptors, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_DESCRIPTORS)
+    # Children that a worker executes must not keep the memory alive.
+    data, descriptors, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
     if not data:
         raise EOFError
     data += _read(sock, _LENGTH.size - len(data))
@@ -41,7 +47,7 @@ def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
         raise ProtocolError(f"a message of {length} bytes, at most {MAX_MESSAGE_BYTES} are allowed")
     try:
         message = json.loads(_read(sock, length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ProtocolError("a message that is no JSON") from error
     if not isinstance(message, dict):
         raise ProtocolError("a message that is no JSON object")

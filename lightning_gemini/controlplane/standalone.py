@@ -1,16 +1,19 @@
-"""An agent without ``lightning-gemini run``: started by the first rank of a machine that finds none, and left behind on purpose.
+"""An agent without ``lightning-gemini run``: started by the first rank of a machine that finds none, and left behind.
 
 It keeps the job's memory while the script is down, and goes away when the job ends, is told to, or was idle for long.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
+import re
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -18,9 +21,12 @@ from pathlib import Path
 
 from lightning_gemini.controlplane.agent import AgentSettings, MachineAgent
 from lightning_gemini.controlplane.agent_client import AgentClient
-from lightning_gemini.errors import AgentError
+from lightning_gemini.controlplane.control_socket import is_served
+from lightning_gemini.errors import AgentError, ConfigurationError
 
 START_TIMEOUT_S = 20.0
+_SOCKET_PATH_BYTES = 107  # sun_path, without the zero at its end
+_JOB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
 def runtime_dir() -> Path:
@@ -29,24 +35,40 @@ def runtime_dir() -> Path:
     Raises:
         AgentError: Somebody else owns it.
     """
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"lightning-gemini-{os.getuid()}"
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"lightning-gemini-{os.getuid()}"  # noqa: S108 - checked below
     path.mkdir(mode=0o700, exist_ok=True)
-    if path.stat().st_uid != os.getuid():
+    found = path.lstat()  # a link could lead anywhere
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
         raise AgentError(f"{path} belongs to another user; set TMPDIR to a directory of your own")
     return path
 
 
 def job_id(argv: list[str], cwd: str) -> str:
-    """The same command typed in the same directory is the same job; ``LIGHTNING_GEMINI_JOB`` overrides."""
+    """The same command typed in the same directory is the same job; ``LIGHTNING_GEMINI_JOB`` overrides.
+
+    Raises:
+        ConfigurationError: ``LIGHTNING_GEMINI_JOB`` cannot be the name of a directory.
+    """
     if given := os.environ.get("LIGHTNING_GEMINI_JOB"):
+        if not _JOB_NAME.fullmatch(given):
+            raise ConfigurationError(
+                f"LIGHTNING_GEMINI_JOB must be up to 64 letters, digits, '.', '_' or '-', found {given!r:.80}"
+            )
         return given
     line = json.dumps([cwd, os.path.abspath(argv[0]), *argv[1:]])
     return hashlib.blake2b(line.encode(), digest_size=6).hexdigest()
 
 
 def socket_path(job: str, machine: int) -> Path:
-    """Where the agent of a machine listens."""
-    return runtime_dir() / job / f"agent-{machine}.sock"
+    """Where the agent of a machine listens.
+
+    Raises:
+        AgentError: The path is longer than a unix socket's may be, or its directory is somebody else's.
+    """
+    path = runtime_dir() / job / f"agent-{machine}.sock"
+    if (length := len(os.fsencode(path))) > _SOCKET_PATH_BYTES:
+        raise AgentError(f"{path} has {length} bytes, {_SOCKET_PATH_BYTES} are allowed: set TMPDIR to a shorter one")
+    return path
 
 
 def find_or_start(job: str, machine: int, bind_host: str, idle_timeout_s: float) -> AgentClient:
@@ -56,13 +78,8 @@ def find_or_start(job: str, machine: int, bind_host: str, idle_timeout_s: float)
         AgentError: The agent there is of another job or version, or does not start.
     """
     path = socket_path(job, machine)
-    if path.exists():
-        try:
-            return AgentClient(path, job)
-        except AgentError as error:
-            if "no agent at" not in str(error):
-                raise
-    _spawn(job, machine, path, bind_host, idle_timeout_s)
+    if not is_served(path):  # also where an agent that was killed left its socket behind
+        _spawn(job, machine, path, bind_host, idle_timeout_s)
     return AgentClient(path, job)
 
 
@@ -90,7 +107,7 @@ def _spawn(job: str, machine: int, path: Path, bind_host: str, idle_timeout_s: f
     process.stdin.write(json.dumps(settings).encode())  # not on the command line: it has the secret
     process.stdin.close()
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not path.exists():
+    while not is_served(path):
         if process.poll() is not None or time.monotonic() > deadline:
             raise AgentError(f"the agent did not start: {log_path.read_text(errors='replace').strip()[-500:]}")
         time.sleep(0.01)
@@ -111,10 +128,8 @@ def main() -> None:
 
 def _remove_runtime_files(path: Path) -> None:
     path.with_suffix(".log").unlink(missing_ok=True)
-    try:
+    with contextlib.suppress(OSError):  # another machine's agent of this job may live here too
         path.parent.rmdir()
-    except OSError:
-        pass  # another machine's agent of this job lives here too
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ def available_bytes(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROU
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
     available = int(fields["MemAvailable"].split()[0]) * 1024
     try:
-        limit = (cgroup / "memory.max").read_text().strip()
+        text = (cgroup / "memory.max").read_text().strip()
+        limit = None if text == "max" else int(text)
         used = int((cgroup / "memory.current").read_text()) - _reclaimable_bytes(cgroup)
     except (OSError, ValueError):
         return available
-    return available if limit == "max" else min(available, max(0, int(limit) - used))
+    return available if limit is None else min(available, max(0, limit - used))
 
 
 def _reclaimable_bytes(cgroup: Path) -> int:
@@ -60,9 +61,10 @@ def require_memory(shard_bytes: int, replicas: int, nproc_per_machine: int, *, a
     available = available_bytes()
     if needed + MEMORY_FLOOR_BYTES > available:
         mib = 2**20
+        total_mib = 2 * replicas * shard_bytes * nproc_per_machine / mib
         raise CapacityError(
             f"not enough memory for checkpoints: 2 buffers x {replicas} replicas x {nproc_per_machine} ranks x "
-            f"{shard_bytes / mib:.0f} MiB = {2 * replicas * shard_bytes * nproc_per_machine / mib:.0f} MiB per machine, "
+            f"{shard_bytes / mib:.0f} MiB = {total_mib:.0f} MiB per machine, "
             f"{available / mib:.0f} MiB available ({MEMORY_FLOOR_BYTES / mib:.0f} MiB stay free); "
             "use fewer replicas, more machines, or machines with more memory"
         )

@@ -1,13 +1,15 @@
 """The persistent tier: ordinary DeepSpeed checkpoint directories, written from memory behind training's back.
 
-A checkpoint is written to a temporary name, every file is fsynced, the directory is renamed, and ``latest`` is replaced last,
-so that a crash between any two operations leaves the previous checkpoint valid.
+A checkpoint is written to a temporary name, every file is fsynced, the directory is renamed, and ``latest`` is replaced
+last, so that a crash between any two operations leaves the previous checkpoint valid.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import os
 import re
 import shutil
@@ -28,7 +30,7 @@ log = logging.getLogger(__name__)
 
 KEEP = 2
 FINISHED = "gemini_finished"
-_TAG = re.compile(r"global_step(\d+)$")
+_TAG = re.compile(r"global_step(\d+)(?:\.(\d+))?$")
 _OTHERS_TIMEOUT_S = 600.0
 _POLL_S = 0.05
 
@@ -77,10 +79,18 @@ class Persister:
         if self._thread is not None:
             self._thread.join(timeout_s)
 
+    def discard_abandoned(self) -> None:
+        """Remove what attempts of earlier runs left; before training, and before any rank persists."""
+        if self._rank == 0:
+            for abandoned in self.directory.glob(".global_step*.tmp"):
+                shutil.rmtree(abandoned, ignore_errors=True)
+
     def mark_finished(self) -> None:
-        """The job ended well: its checkpoints are results now, and no new job resumes from them by itself."""
-        if self._rank == 0 and self.directory.is_dir():
-            (self.directory / FINISHED).touch()
+        """The job ended well: its last checkpoint is a result now, and no new job resumes from it by itself."""
+        # The mark is in the checkpoint, so that it goes to no other when `latest` is replaced.
+        latest = _latest(self.directory)
+        if self._rank == 0 and latest is not None and latest.is_dir():
+            (latest / FINISHED).touch()
 
     def _run(self, buffer: Buffer, version: VersionId) -> None:
         try:
@@ -90,7 +100,7 @@ class Persister:
             self.last = version.version
             if self._rank == 0:
                 log.info("version %d persisted in %.1f s", version.version, time.monotonic() - began)
-        except (OSError, IntegrityError, RuntimeError) as error:
+        except Exception as error:  # whatever it was, training must go on
             log.warning(
                 "version %d was not persisted to %s (%s); the previous persistent checkpoint stays valid, "
                 "training goes on, the next attempt follows",
@@ -111,8 +121,17 @@ class Persister:
         tag = f"global_step{version.version}"
         # The generation keeps an attempt that died apart from the one that follows.
         work = self.directory / f".{tag}.{version.generation}.tmp"
+        try:
+            self._write_files(work, stable, volatile)
+            if self._rank == 0:
+                self._finish(tag, work)
+        except BaseException:
+            if self._rank == 0:
+                shutil.rmtree(work, ignore_errors=True)  # a full disk would stay full
+            raise
+
+    def _write_files(self, work: Path, stable: dict[str, Any], volatile: dict[str, Any]) -> None:
         work.mkdir(parents=True, exist_ok=True)
-        (self.directory / FINISHED).unlink(missing_ok=True)
         for name, content in self._files_of(stable, volatile).items():
             _save(content, work / name)
         # Last, as the sign that this rank's other files are whole.
@@ -120,29 +139,30 @@ class Persister:
             {"volatile": volatile, "constant": stable["constant"], "world_size": self._world_size},
             work / rank_file(self._rank),
         )
-        if self._rank == 0:
-            self._finish(tag, work)
 
     def _finish(self, tag: str, work: Path) -> None:
         deadline = time.monotonic() + _OTHERS_TIMEOUT_S
         while missing := [rank for rank in range(self._world_size) if not (work / rank_file(rank)).exists()]:
             if time.monotonic() > deadline:
-                shutil.rmtree(work, ignore_errors=True)
                 raise PersistError(f"ranks {missing} wrote nothing within {_OTHERS_TIMEOUT_S:.0f} s")
             time.sleep(_POLL_S)
         for script in self._scripts:
             shutil.copy(script, self.directory / script.name)
         _sync_directory(work)
-        final = self.directory / tag
-        if final.exists():  # an older attempt at the same step
-            shutil.rmtree(final)
+        final = _unused(self.directory / tag)
         work.rename(final)
         _sync_directory(self.directory)
-        _replace_text(self.directory / "latest", tag)
+        _replace_text(self.directory / "latest", final.name)
         for _, old in checkpoints(self.directory)[KEEP:]:
-            shutil.rmtree(old, ignore_errors=True)
-        for abandoned in self.directory.glob(".global_step*.tmp"):
-            shutil.rmtree(abandoned, ignore_errors=True)
+            if not (old / FINISHED).exists():
+                shutil.rmtree(old, ignore_errors=True)
+        self.discard_abandoned()
+
+
+def _unused(final: Path) -> Path:
+    """An older checkpoint of the same step may be the one that ``latest`` names: it stays until it is replaced."""
+    names = itertools.chain([final], (final.with_name(f"{final.name}.{number}") for number in itertools.count(1)))
+    return next(path for path in names if not path.exists())
 
 
 def probe(directory: Path) -> None:
@@ -158,26 +178,51 @@ def probe(directory: Path) -> None:
         test.unlink()
     except OSError as error:
         raise PersistError(
-            f"persist_dir {directory} cannot be written ({error.strerror}): make it writable or choose another directory"
+            f"persist_dir {directory} cannot be written ({error.strerror}): "
+            "make it writable or choose another directory"
         ) from error
 
 
 def checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(version, directory) of every finished checkpoint, the one that ``latest`` names first, then newest first."""
+    """(version, directory) of every whole checkpoint, the one that ``latest`` names first, then newest first.
+
+    Those of later steps than that one come last: training went back behind them.
+    """
     try:
-        found = [(int(match[1]), path) for path in directory.iterdir() if (match := _TAG.match(path.name))]
+        found = [(int(match[1]), int(match[2] or 0), path) for path, match in _tagged(directory)]
     except OSError:
         return []
+    latest = _latest(directory)
+    newest = next((step for step, _, path in found if path == latest), math.inf)
+    found.sort(key=lambda entry: (entry[2] != latest, entry[0] > newest, -entry[0], -entry[1]))
+    return [(step, path) for step, _, path in found]
+
+
+def _tagged(directory: Path) -> Iterator[tuple[Path, re.Match[str]]]:
+    for path in directory.iterdir():
+        if match := _TAG.match(path.name):
+            yield path, match
+
+
+def _latest(directory: Path) -> Path | None:
     try:
-        latest = (directory / "latest").read_text().strip()
-    except OSError:
-        latest = ""
-    return sorted(found, key=lambda pair: (pair[1].name != latest, -pair[0]))
+        name = (directory / "latest").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return directory / name if name else None
 
 
 def is_finished(directory: Path) -> bool:
-    """Whether the checkpoints there are the result of a job that ended well."""
-    return (directory / FINISHED).exists()
+    """Whether the newest checkpoint there is the result of a job that ended well."""
+    latest = _latest(directory)
+    return latest is not None and (latest / FINISHED).exists()
+
+
+def resumable(directory: Path) -> list[str]:
+    """Names of the checkpoints that a new run may resume from by itself, best first."""
+    if is_finished(directory):
+        return []
+    return [path.name for _, path in checkpoints(directory) if not (path / FINISHED).exists()]
 
 
 def load(path: Path, rank: int, *, partitioned: bool) -> tuple[dict[str, Any], dict[str, Any], int]:

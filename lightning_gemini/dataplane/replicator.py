@@ -30,21 +30,23 @@ class Replicator:
     def __init__(self, store: ShardStore, connect: Callable[[Peer], ReplicaTransport]) -> None:
         self._store, self._connect = store, connect
         self._wake = threading.Condition()
+        self._news = 0  # counts what threads must look at; guards against a wake-up that comes before the wait
         self._epoch = 0
+        self._links: list[_Link] = []
         self._held: dict[tuple[int, int], VersionId] = {}  # (owner, machine) -> newest version seen complete there
-        self._transports: set[ReplicaTransport] = set()
 
     def start(self, peers: Sequence[Peer]) -> None:
-        """Serve these peers from now on, and no others."""
+        """Serve these peers from now on, and no others; nothing is known of what they hold."""
         with self._wake:
             self._epoch += 1
             self._held.clear()
-            self._wake.notify_all()
-            for peer in peers:
-                arguments = (peer, self._epoch)
-                threading.Thread(
-                    target=self._run, args=arguments, name=f"replicate-{peer.machine}", daemon=True
-                ).start()
+            self._announce()
+            for link in self._links:
+                link.abort()
+            self._links = [_Link(peer, self._connect) for peer in peers]
+            for link in self._links:
+                name = f"replicate-{link.peer.machine}"
+                threading.Thread(target=self._run, args=(link, self._epoch), name=name, daemon=True).start()
 
     def close(self) -> None:
         """Stop sending; idempotent."""
@@ -53,44 +55,53 @@ class Replicator:
     def notify(self) -> None:
         """A rank began a version, or completed one."""
         with self._wake:
-            self._wake.notify_all()
-        self._acknowledge()
+            self._announce()
+            self._acknowledge()
 
-    def _run(self, peer: Peer, epoch: int) -> None:
-        transport: ReplicaTransport | None = None
-        failing_since: float | None = None
-        warned = False
+    def _announce(self) -> None:
+        self._news += 1
+        self._wake.notify_all()
+
+    def _run(self, link: _Link, epoch: int) -> None:
         while self._epoch == epoch:
-            buffer = self._next_for(peer)
-            if buffer is None:
-                with self._wake:
-                    if self._epoch == epoch and self._next_for(peer) is None:
-                        self._wake.wait(_IDLE_S)
-                continue
-            try:
-                transport = transport or self._connect(peer)
-                self._push(transport, buffer, peer, epoch)
-                failing_since, warned = None, False
-            except OSError as error:
-                failing_since = failing_since or time.monotonic()
-                if not warned and time.monotonic() - failing_since > _PATIENCE_S:
-                    warned = True  # once, then silence until it works again
-                    log.warning("cannot replicate to machine %d, retrying: %s", peer.machine, error)
-                if transport is not None:
-                    transport.close()
-                transport = None
-                with self._wake:
-                    self._wake.wait(_RETRY_S)
-        if transport is not None:
-            transport.close()
+            news = self._news
+            pause_s = self._serve(link, epoch)
+            with self._wake:
+                if pause_s and self._epoch == epoch and self._news == news:
+                    self._wake.wait(pause_s)
+        link.close()
 
-    def _push(self, transport: ReplicaTransport, buffer: Buffer, peer: Peer, epoch: int) -> None:
+    def _serve(self, link: _Link, epoch: int) -> float:
+        """Send one thing that the peer lacks; returns how long to wait for news before the next look."""
+        try:
+            buffer = self._next_for(link.peer)
+            if buffer is None:
+                return _IDLE_S
+            self._push(link, buffer, epoch)
+            link.succeeded()
+            return 0.0
+        except Exception as error:  # a peer must be served again whatever happened
+            if self._epoch == epoch:
+                link.failed(error)
+            return _RETRY_S
+
+    def _push(self, link: _Link, buffer: Buffer, epoch: int) -> None:
         version = buffer.id
         if version is None:
             return
-        if transport.push(buffer, version, lambda: self._epoch == epoch and buffer.state is not BufferState.EMPTY):
-            self._held[buffer.owner, peer.machine] = version
-            self._acknowledge()
+        kept = self._kept_beside(buffer, version)
+        wanted = link.transport().push(
+            buffer, version, lambda: self._epoch == epoch and buffer.state is not BufferState.EMPTY, kept
+        )
+        with self._wake:
+            if wanted and self._epoch == epoch:  # else another machine may have this rank by now
+                self._held[buffer.owner, link.peer.machine] = version
+                self._acknowledge()
+
+    def _kept_beside(self, buffer: Buffer, version: VersionId) -> VersionId | None:
+        slab = self._store.slab(buffer.owner)
+        complete = (other.id for other in slab.complete()) if slab else ()
+        return next((other for other in complete if other is not None and other < version), None)
 
     def _next_for(self, peer: Peer) -> Buffer | None:
         """The first own shard whose newest version this peer should hold and does not."""
@@ -122,3 +133,40 @@ class Replicator:
 
     def _all_hold(self, owner: int, version: VersionId, holders: tuple[int, ...]) -> bool:
         return all(self._held.get((owner, machine)) == version for machine in holders)
+
+
+class _Link:
+    """The way to one peer, and how it fares."""
+
+    def __init__(self, peer: Peer, connect: Callable[[Peer], ReplicaTransport]) -> None:
+        self.peer, self._connect = peer, connect
+        self._transport: ReplicaTransport | None = None
+        self._failing_since: float | None = None
+        self._warned = False
+
+    def transport(self) -> ReplicaTransport:
+        self._transport = self._transport or self._connect(self.peer)
+        return self._transport
+
+    def succeeded(self) -> None:
+        self._failing_since, self._warned = None, False
+
+    def failed(self, error: Exception) -> None:
+        """Warn once, then be silent until it works again."""
+        self.close()
+        self._failing_since = self._failing_since or time.monotonic()
+        unexpected = not isinstance(error, OSError)
+        if not self._warned and (unexpected or time.monotonic() - self._failing_since > _PATIENCE_S):
+            self._warned = True
+            message = "cannot replicate to machine %d, retrying: %s"
+            log.warning(message, self.peer.machine, error, exc_info=error if unexpected else None)
+
+    def abort(self) -> None:
+        transport = self._transport
+        if transport is not None:
+            transport.abort()
+
+    def close(self) -> None:
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.close()

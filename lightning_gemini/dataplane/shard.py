@@ -75,7 +75,8 @@ def lay_out(stable: Any, volatile: Any) -> Layout:
     """Plan a shard.
 
     Args:
-        stable: Nested state whose tensors do not change before the next optimizer step; they are referenced, not copied.
+        stable: Nested state whose tensors do not change before the next optimizer step; large ones, and those on a
+            device, are referenced, not copied.
         volatile: Nested state that may change at once; its tensors are cloned here, on the calling thread.
 
     Returns:
@@ -122,7 +123,7 @@ def read(data: memoryview, device: torch.device | None = None) -> tuple[Any, Any
     except Exception as error:  # unpickling runs the classes' own code
         raise RestoreError(
             f"the stored state cannot be read by this script ({type(error).__name__}: {error}): start the script that "
-            "wrote it, or run 'lightning-gemini stop' to discard what memory holds"
+            "wrote it, or run 'lightning-gemini stop --agents' to discard what memory holds"
         ) from error
 
 
@@ -150,7 +151,7 @@ class _TensorPickler(pickle.Pickler):
         if not isinstance(obj, Tensor):
             return None
         tensor = obj.detach()
-        view = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_conj(), tensor.is_neg())
+        view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
         key = (tensor.device, self.clone, *view)
         if tensor.numel() and key in self._seen:
             return self._seen[key][0]

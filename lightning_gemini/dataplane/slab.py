@@ -1,7 +1,7 @@
 """Shared memory that holds one rank's shard: a slab of two buffers, each with a version and per-chunk checksums.
 
-A buffer is one ``memfd``: it has no name, travels between agent and worker as a file descriptor, and the kernel frees it
-with the last process that maps it, so nothing can stay behind (see ``docs/decisions/0001-memfd.md``).
+A buffer is one ``memfd``: it has no name, travels between agent and worker as a file descriptor, and the kernel frees
+it with the last process that maps it, so nothing can stay behind (see ``docs/decisions/0001-memfd.md``).
 
 Layout of a buffer (all words little-endian u64)::
 
@@ -10,7 +10,8 @@ Layout of a buffer (all words little-endian u64)::
     65536    the shard's bytes
 
 One process writes a buffer at a time: the worker for its own shard, the agent for a replica. Readers trust nothing but
-checksums.
+checksums. These cover the version, its sizes, every chunk's checksum and every byte, but no word that changes while a
+version is complete: what peers acknowledged, the owner's progress, and where the bytes came from.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class Buffer:
             os.close(self.fd)
             self.fd = -1
             # Tensors may still look into the mapping; it goes with the last of them.
-            self._words = self._table = self.data = memoryview(b"")
+            self._table = self.data = memoryview(b"")
+            self._words = memoryview(bytearray(_TABLE_OFFSET)).cast("Q")  # other threads find an empty buffer
             del self._mapping
 
     # -- reading ---------------------------------------------------------------------------------------------------

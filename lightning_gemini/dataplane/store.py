@@ -45,8 +45,8 @@ class ShardStore:
             if self._slabs and (self.machines, self.nproc_per_machine) != (machines, nproc_per_machine):
                 raise LayoutMismatchError(
                     f"memory holds a job of {self.machines} machines x {self.nproc_per_machine} ranks, this run has "
-                    f"{machines} x {nproc_per_machine}: start it with the same shape, or run 'lightning-gemini stop --agents' "
-                    "to discard what memory holds"
+                    f"{machines} x {nproc_per_machine}: start it with the same shape, or run "
+                    "'lightning-gemini stop --agents' to discard what memory holds"
                 )
             self.generation = max(self.generation, generation)
             self.machines, self.nproc_per_machine = machines, nproc_per_machine

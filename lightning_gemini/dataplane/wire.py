@@ -1,7 +1,7 @@
 """What agents say to each other on TCP: a mutual HMAC handshake, then fixed-size frames, some with a payload.
 
-Nothing is unpickled, every length is capped, and no byte is looked at before the peer has proved that it knows the job's
-secret.
+Nothing is unpickled, every length is capped, and no byte is looked at before the peer has proved that it knows the
+job's secret.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Kind(enum.IntEnum):
 class Frame:
     """One frame; ``size`` and ``chunk_bytes`` mean what ``kind`` says.
 
-    ``sender_generation`` is the generation that the sender is in: one that was declared dead may still be talking, about
-    versions old and new. ``kept`` is the version that the sender keeps while it writes ``id``: the last one committed.
+    ``sender_generation`` is the generation that the sender is in: one that was declared dead may still be talking,
+    about versions old and new. ``kept`` is the version that the sender keeps while it writes ``id``: the last one
+    committed.
     """
 
     kind: Kind

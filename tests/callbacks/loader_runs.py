@@ -86,20 +86,29 @@ def next_numbers() -> tuple[Any, ...]:
     return random.random(), np.random.standard_normal(), float(torch.rand(1))
 
 
+class InFlight:
+    """Counts batches fetched and not trained on. It knows no loader: a cycle would keep a loader's workers alive."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self) -> int:
+        return self.count
+
+
 class Training:
     """Reads a loader as Lightning does: an iterator an epoch, and no look for an end that it knows.
 
     Attributes:
         step: batches trained on, in all epochs.
         seen: what was delivered, with what training drew from the random streams behind it.
-        unprocessed: batches fetched and not trained on.
         sees_end: lets every iterator report its end, as a for loop does.
     """
 
     def __init__(self, loader: Any, step: int = 0, sees_end: bool = False) -> None:
         self.loader, self.step, self.sees_end = loader, step, sees_end
         self.seen: list[Any] = []
-        self.unprocessed = 0
+        self.in_flight = InFlight()
         self.batches: Iterator[Any] | None = None
         self.length = len(loader)
 
@@ -120,12 +129,12 @@ class Training:
             self.batches = iter(self.loader)
             self._set_epoch()
         batch = next(self.batches)
-        self.unprocessed += 1
+        self.in_flight.count += 1
         return batch
 
     def train(self, batch: Any) -> None:
         self.seen.append((batch.tolist(), next_numbers()))
-        self.unprocessed -= 1
+        self.in_flight.count -= 1
         self.step += 1
         if self.step % self.length == 0:
             if self.sees_end:
@@ -181,5 +190,5 @@ def interrupted(
 
 def resumable_training(make: Callable[[], Any], step: int, sees_end: bool = False) -> Training:
     training = Training(make(), step, sees_end)
-    training.loader = make_resumable(training.loader, lambda: training.unprocessed)
+    training.loader = make_resumable(training.loader, training.in_flight)
     return training

@@ -342,7 +342,7 @@ def test_persistent_workers_that_were_in_use() -> None:
     make = maker(8, "shuffled", 2, num_workers=1, persistent_workers=True, draws=False)
     training = Training(make())
     training.run_to(4)
-    training.loader = make_resumable(training.loader, lambda: training.unprocessed)
+    training.loader = make_resumable(training.loader, training.in_flight)
     training.run_to(6)
     state = training.loader.state_dict()
     expected = [batch for batch, _ in training.run_to(8).seen[6:]]

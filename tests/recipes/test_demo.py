@@ -113,6 +113,17 @@ def test_a_file_gets_whole_lines_only() -> None:
     assert out.getvalue() == "[1 of 3] one\n[1 of 3] event\n"
 
 
+def test_a_terminal_rewrites_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    screen = Screen("1 of 3", out)
+    screen.show("a line too long for this terminal")
+    screen.say("event that stays, whatever its length")
+    clear = "\r\x1b[K"
+    assert out.getvalue() == f"{clear}[1 of 3] a line too{clear}[1 of 3] event that stays, whatever its length\n"
+
+
 def test_a_run_that_fails_shows_its_last_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo.main(["--dir", str(tmp_path / "demo"), "gemini.operator.nodes=2", "model=none_such"]) == 1
     assert "none_such" in capsys.readouterr().err

@@ -73,7 +73,7 @@ class Forks:
             return
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
     """What one attempt left: records by rank, exit by rank, and everything that it printed."""
 
@@ -122,7 +122,11 @@ class Job:
     def world_size(self) -> int:
         return self.machines * self.nproc
 
-    def run(self, stop: Mapping[str, Any] | None = None, **changes: Any) -> Outcome:
+    def run_script(self, script: Path) -> Outcome:
+        """Runs another script with the same options and processes."""
+        return self.run(script=script)
+
+    def run(self, stop: Mapping[str, Any] | None = None, script: Path = SCRIPT, **changes: Any) -> Outcome:
         """Types the command once. With ``stop``, every process is killed with SIGKILL at that place."""
         out = self.directory / "out"
         out.mkdir(parents=True, exist_ok=True)
@@ -134,7 +138,7 @@ class Job:
         log = self.directory / f"attempt{number}.log"
         tokens = [f"{self.name}/{number}/{rank}" for rank in range(self.world_size)]
         commands = [
-            WorkerCommand(token, (str(SCRIPT), str(options)), env, log)
+            WorkerCommand(token, (str(script), str(options)), env, log)
             for token, env in zip(tokens, self._environments(), strict=True)
         ]
         pids = self.forks.launch(commands)
@@ -150,7 +154,7 @@ class Job:
                     os.kill(pid, signal.SIGKILL)
             raise
         if stop is not None:
-            assert [end.signal for end in exits] == ["SIGKILL"] * len(exits), log.read_text()
+            assert [end.signal for end in exits] == ["SIGKILL"] * len(exits), tail(log)
         outcome = Outcome(self._records(out), exits, log.read_text())
         self.attempts.append(outcome)
         return outcome
@@ -159,14 +163,14 @@ class Job:
         try:
             return self.forks.wait(tokens)
         except TimeoutError:
-            raise AssertionError(f"still running: {log.read_text()}") from None
+            raise AssertionError(f"still running: {tail(log)}") from None
 
     def _wait_for_stop(self, out: Path, tokens: list[str], log: Path) -> None:
         deadline = time.monotonic() + TIMEOUT_S
         while not all((out / f"stopped{rank}").exists() for rank in range(self.world_size)):
             ended = [self.forks.exit_of(token) for token in tokens]
-            assert not any(ended), f"ended before the place of the kill: {ended} {log.read_text()}"
-            assert time.monotonic() < deadline, log.read_text()
+            assert not any(ended), f"ended before the place of the kill: {ended} {tail(log)}"
+            assert time.monotonic() < deadline, tail(log)
             time.sleep(0.02)
 
     def _environments(self) -> Iterator[dict[str, str]]:
@@ -221,6 +225,12 @@ class Job:
         os.kill(pid, signal.SIGKILL)
         assert not wait_gone([pid], 5)
 
+    def wait_without_agents(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.agents():
+            assert time.monotonic() < deadline, "an agent is still there"
+            time.sleep(0.05)
+
     def forget(self) -> None:
         """Ends the agents."""
         for machine in self.agents():
@@ -231,6 +241,10 @@ class Job:
                 assert not wait_gone([pid], 5)
             except ConnectionError:
                 pass  # it was killed
+
+
+def tail(log: Path) -> str:
+    return log.read_text()[-3000:]
 
 
 def free_port() -> int:
@@ -247,7 +261,8 @@ def assert_same_training(reference: Outcome, attempts: Sequence[Outcome]) -> Non
         for attempt in attempts:
             for record in attempt.of("train", rank) + attempt.of("val", rank):
                 key = (record["kind"], record["epoch"], record["batch"], record["step"])
-                assert seen.setdefault(key, record) == record, f"rank {rank}: repeated differently"
+                first = seen.setdefault(key, record)
+                assert first == record, f"rank {rank}: first {first}, when repeated {record}"
         wanted = {
             (record["kind"], record["epoch"], record["batch"], record["step"]): record
             for record in expected

@@ -22,11 +22,11 @@ TWO_MACHINES = {"machines": 2, "nproc": 1}
 SCENARIOS: dict[str, tuple[dict[str, Any], list[Place]]] = {
     "zero1-accumulation-cosine": (
         {"strategy": "gemini_stage_1", "scheduler": "cosine", "trainer": {"accumulate_grad_batches": 2}},
-        [end_of(4, batch=2)],  # of 5 batches an epoch, the last one steps alone
+        [end_of(2, batch=4), end_of(5)],  # the third step takes its batches from two epochs
     ),
     "zero2-accumulation-in-the-middle": (
         {"strategy": "gemini_stage_2", "scheduler": "cosine", "trainer": {"accumulate_grad_batches": 3}, **TWO_MACHINES},
-        [{"hook": "on_train_batch_start", "step": 3, "batch": 1}],
+        [{"hook": "on_train_batch_start", "step": 3, "batch": 0, "epoch": 2}],
     ),
     "zero3-accumulation-several-kills": (
         {"trainer": {"accumulate_grad_batches": 2, "max_epochs": 4}, "scheduler": "cosine", **TWO_MACHINES},

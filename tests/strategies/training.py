@@ -13,6 +13,7 @@ import pickle
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import lightning_gemini
 
-FEATURES, CLASSES, BATCH = 6, 3, 4
+FEATURES, CLASSES, BATCH = 6, 4, 4
 
 
 @dataclass
@@ -47,8 +48,10 @@ class Options:
         callbacks: ``checkpoint``, ``early-stopping``, by name.
         ckpt_path: Handed to ``trainer.fit``.
         after: Trainer functions to call after the fit: ``validate``, ``test``, ``fit`` (a second model).
-        stop: Where to wait for SIGKILL: hook, and global step, batch or epoch.
+        stop: Where to wait for SIGKILL: hook, and optimizer step, epoch, batch or number of the fit.
+        fail: Where to raise an exception.
         pace_s: Sleep in every training step.
+        weights: Records the full weights after every step.
     """
 
     out: str
@@ -65,7 +68,9 @@ class Options:
     ckpt_path: str | None = None
     after: tuple[str, ...] = ()
     stop: dict[str, Any] | None = None
+    fail: dict[str, Any] | None = None
     pace_s: float = 0.0
+    weights: bool = False
 
 
 class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -107,14 +112,14 @@ class Classifier(pl.LightningModule):
         _, features, labels = batch
         self.batches_seen += 1
         noise = random.random() + float(np.random.standard_normal()) + float(torch.rand(1))
-        loss = nn.functional.cross_entropy(self.model(features.to(self.dtype)).float(), labels) * (1 + 0.01 * noise)
+        loss = nn.functional.cross_entropy(self.model(features).float(), labels) * (1 + 0.01 * noise)
         self.log("loss", loss)
         time.sleep(self.options.pace_s)
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         _, features, labels = batch
-        loss = nn.functional.cross_entropy(self.model(features.to(self.dtype)).float(), labels)
+        loss = nn.functional.cross_entropy(self.model(features).float(), labels)
         self.log("val_loss", loss, sync_dist=True)
 
     test_step = validation_step
@@ -146,7 +151,7 @@ class Classifier(pl.LightningModule):
             from torchdata.stateful_dataloader import StatefulDataLoader
 
             workers = 2 if kind == "stateful-workers" else 0
-            return StatefulDataLoader(data, BATCH, shuffle=shuffle, num_workers=workers)
+            return StatefulDataLoader(data, batch_size=BATCH, shuffle=shuffle, num_workers=workers)
         return DataLoader(data, BATCH, shuffle=shuffle, num_workers=2 if kind == "workers" and shuffle else 0)
 
     def train_dataloader(self) -> Any:
@@ -182,8 +187,9 @@ class Counter(Callback):
 class Recorder(Callback):
     """Writes down what happens; has no state of its own."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, weights: bool = False) -> None:
         self.path = out / f"rank{os.environ['RANK']}.jsonl"
+        self.weights = weights
 
     def write(self, kind: str, **fields: Any) -> None:
         with self.path.open("a") as lines:
@@ -193,24 +199,32 @@ class Recorder(Callback):
         state = trainer.strategy.job_state  # type: ignore[attr-defined]
         found = state.found if state is not None else None
         fields = {"version": found.version, "tier": found.tier.value} if found else {"version": None, "tier": None}
-        self.write("start", step=trainer.global_step, seen_on_save=pl_module.seen_on_save, **fields)
+        self.write("start", step=steps(trainer), seen_on_save=pl_module.seen_on_save, **fields)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
+        if self.weights:
+            self.write("weights", step=steps(trainer), weights=full_weights(pl_module))
         loss, metric = float(outputs["loss"]), float(trainer.callback_metrics["loss"])
-        about = {"epoch": trainer.current_epoch, "batch": batch_idx, "step": trainer.global_step}
+        about = {"epoch": trainer.current_epoch, "batch": batch_idx, "step": steps(trainer)}
+        about["global_step"] = trainer.global_step
         self.write("train", **about, loss=loss, metric=metric, rates=rates, samples=batch[0].tolist())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             batch = trainer.fit_loop.epoch_loop.batch_progress.current.completed
-            about = {"epoch": trainer.current_epoch, "batch": batch, "step": trainer.global_step}
+            about = {"epoch": trainer.current_epoch, "batch": batch, "step": steps(trainer)}
             self.write("val", **about, val_loss=float(trainer.callback_metrics["val_loss"]))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.write("end", state=end_state(trainer, pl_module))
+
+
+def steps(trainer: pl.Trainer) -> int:
+    """Optimizer steps that DeepSpeed took; Lightning counts differently where an epoch ends in mid-accumulation."""
+    return int(trainer.strategy.deepspeed_engine.global_steps)  # type: ignore[attr-defined]
 
 
 def end_state(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
@@ -240,6 +254,14 @@ def end_state(trainer: pl.Trainer, module: Any) -> dict[str, Any]:
     return flatten(everything)
 
 
+def full_weights(module: nn.Module) -> dict[str, Any]:
+    """Weights and buffers by name, as lists; collective, with ZeRO-3."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        return {name: value.float().tolist() for name, value in module.state_dict().items()}
+
+
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, Tensor):
         raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
@@ -252,32 +274,45 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     return {path: text if len(text) < 200 else hashlib.sha256(pickle.dumps(value)).hexdigest()[:16]}
 
 
-class Stopper(Callback):
-    """Waits at one place until it is killed."""
+class Trap(Callback):
+    """Does something at one place."""
 
-    def __init__(self, out: Path, hook: str, **where: int) -> None:
-        self.out, self.where = out, where
-        self.last = -2 if hook.startswith("on_validation_batch") else -1  # behind it comes the loader's number
-        setattr(self, hook, self._maybe_stop)
+    fit = -1
 
-    def _maybe_stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        if trainer.sanity_checking:
+    def __init__(self, spring: Callable[[], None], hook: str, **where: int) -> None:
+        self.spring, self.where = spring, {"fit": 0, **where}
+        setattr(self, hook, self._look)
+
+    def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        here = {"step": trainer.global_step, "epoch": trainer.current_epoch, "batch": args[self.last] if args else None}
+        here = {"step": steps(trainer), "epoch": trainer.current_epoch, "batch": args[-1] if args else None}
+        here["fit"] = Trap.fit
         if all(here[name] == value for name, value in self.where.items()):
-            (self.out / f"stopped{os.environ['RANK']}").touch()
-            time.sleep(600)
+            self.spring()
+
+
+def wait_for_sigkill(out: Path) -> None:
+    (out / f"stopped{os.environ['RANK']}").touch()
+    time.sleep(600)
+
+
+def fail() -> None:
+    raise RuntimeError("the user's callback failed")
 
 
 def callbacks(options: Options) -> list[Callback]:
     out = Path(options.out)
-    found: list[Callback] = [Counter(), Recorder(out)]
+    found: list[Callback] = [Counter(), Recorder(out, options.weights)]
     if "early-stopping" in options.callbacks:
         found.append(EarlyStopping("val_loss", patience=1, min_delta=10.0))
     if "checkpoint" in options.callbacks:
         found.append(ModelCheckpoint(out / "checkpoints", save_top_k=-1, every_n_train_steps=3, save_last=True))
     if options.stop is not None:
-        found.append(Stopper(out, **options.stop))
+        found.append(Trap(lambda: wait_for_sigkill(out), **options.stop))
+    if options.fail is not None:
+        found.append(Trap(fail, **options.fail))
+    Trap.fit += 1
     return found
 
 

@@ -31,8 +31,8 @@ class ReplicaTransport(Protocol):
     ) -> bool:
         """Make ``version`` complete on the peer, streaming chunks as the writer seals them.
 
-        ``kept`` is the complete version in the owner's other buffer. What the peer holds between the two was given up by
-        all ranks; the peer forgets it, so that it overwrites that rather than the last common version.
+        ``kept`` is the complete version in the owner's other buffer. What the peer holds between the two was given up
+        by all ranks; the peer forgets it, so that it overwrites that rather than the last common version.
 
         Returns once the peer has verified every byte (``True``), or the version was given up because ``still_wanted``
         turned false (``False``). The peer's previous complete version stays intact until then, and for good on failure.

@@ -301,9 +301,7 @@ class ReplicaServer:
 
     def _receive_into_store(self, sock: socket.socket, begin: Frame) -> None:
         try:
-            buffer = self._store.replica_target(
-                begin.owner, begin.id, begin.size, begin.sender_generation, begin.kept
-            )
+            buffer = self._store.replica_target(begin.owner, begin.id, begin.size, begin.sender_generation, begin.kept)
         except GeminiError as error:
             wire.refuse(sock, begin.owner, begin.id, str(error))
             return

@@ -1,0 +1,274 @@
+"""The store: which buffer a replica may have, what a recovery forgets, and whose job the memory is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from lightning_gemini.core.recovery import Holding, VersionId
+from lightning_gemini.dataplane import capacity
+from lightning_gemini.dataplane.slab import Buffer, BufferState
+from lightning_gemini.dataplane.store import ShardStore
+from lightning_gemini.errors import CapacityError, LayoutMismatchError, PlacementError, ProtocolError
+from tests.dataplane.machines import complete_ids, write_version
+
+MINE, THEIRS = 0, 1  # ranks of machines 0 and 1, with one rank each
+
+
+def version(number: int, generation: int = 1) -> VersionId:
+    return VersionId(generation, number)
+
+
+@pytest.fixture
+def store() -> Iterator[ShardStore]:
+    made = ShardStore(0)
+    made.enter_generation(1, 2, 1)
+    made.set_replication(2, "mixed")
+    yield made
+    made.clear()
+
+
+def take_in(store: ShardStore, number: int, *, kept: VersionId | None = None, generation: int = 1) -> Buffer | None:
+    """Receive a replica of the peer's version, as the server does."""
+    buffer = store.replica_target(THEIRS, version(number, generation), 1000, store.generation, kept)
+    if buffer is not None:
+        buffer.data[:1000] = bytes([number % 256]) * 1000
+        buffer.seal(1000)
+        buffer.complete()
+    return buffer
+
+
+# -- replicas ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_replica_never_takes_the_buffer_of_the_newest_complete_version(store: ShardStore) -> None:
+    for number in range(1, 12):
+        newest = complete_ids(store.slab(THEIRS))[:1]
+        target = store.replica_target(THEIRS, version(number), 1000, 1)
+        assert target is not None
+        assert (target.id, target.state) == (version(number), BufferState.WRITING)
+        assert complete_ids(store.slab(THEIRS))[:1] == newest
+        if number % 3:  # every third is torn
+            target.seal(1000)
+            target.complete()
+        assert len(store.slabs()) == 1
+
+
+def test_a_replica_that_is_here_is_not_taken_in_again(store: ShardStore) -> None:
+    take_in(store, 5)
+    assert take_in(store, 5) is None
+    take_in(store, 6)
+    assert take_in(store, 5) is None
+    assert complete_ids(store.slab(THEIRS)) == [version(6), version(5)]
+
+
+def test_a_version_that_was_given_up_makes_room_before_the_common_one(store: ShardStore) -> None:
+    """All ranks keep 5 and gave 6 up, which is complete here: 7 must take the place of 6 and not that of 5."""
+    take_in(store, 5)
+    take_in(store, 6, kept=version(5))
+    target = store.replica_target(THEIRS, version(7), 1000, 1, version(5))
+    assert target is not None
+    assert complete_ids(store.slab(THEIRS)) == [version(5)]
+    target.seal(1000)
+    target.complete()
+    assert complete_ids(store.slab(THEIRS)) == [version(7), version(5)]
+
+
+def test_an_older_generation_left_uncommitted_makes_room_too(store: ShardStore) -> None:
+    take_in(store, 5)
+    take_in(store, 6)
+    store.enter_generation(2, 2, 1)
+    assert take_in(store, 6, kept=version(5), generation=2) is not None
+    assert complete_ids(store.slab(THEIRS)) == [version(6, 2), version(5)]
+
+
+@pytest.mark.parametrize("sender", [0, 1, 3])
+def test_another_generation_is_refused(store: ShardStore, sender: int) -> None:
+    store.enter_generation(2, 2, 1)
+    with pytest.raises(ProtocolError, match=f"is in generation 2, the sender in {sender}"):
+        store.replica_target(THEIRS, version(9, 2), 1000, sender)
+    assert not store.slabs()
+
+
+@pytest.mark.parametrize("owner", [2, 99, 2**32 - 1])
+def test_a_rank_that_is_not_hosted_here_is_refused(store: ShardStore, owner: int) -> None:
+    with pytest.raises(ProtocolError, match="does not hold replicas"):
+        store.replica_target(owner, version(1), 1000, 1)
+    assert not store.slabs()
+
+
+def test_with_one_replica_nothing_is_taken_in(store: ShardStore) -> None:
+    store.set_replication(1, "mixed")
+    with pytest.raises(ProtocolError, match="does not hold replicas of rank 1"):
+        store.replica_target(THEIRS, version(1), 1000, 1)
+
+
+def test_before_a_worker_has_said_how_many_replicas_nothing_is_taken_in() -> None:
+    fresh = ShardStore(0)
+    fresh.enter_generation(1, 2, 1)
+    with pytest.raises(ProtocolError, match="no worker has said yet"):
+        fresh.replica_target(THEIRS, version(1), 1000, 1)
+
+
+def test_a_replica_for_which_memory_is_short_is_refused(store: ShardStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_in(store, 1)
+    monkeypatch.setattr(capacity, "available_bytes", lambda: 260 * 2**20)
+    with pytest.raises(CapacityError, match="cannot allocate"):
+        store.replica_target(THEIRS, version(2), 50 * 2**20, 1)
+    assert complete_ids(store.slab(THEIRS)) == [version(1)]
+
+
+# -- retrieval ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_retrieved_shard_spares_the_newest_complete_one(store: ShardStore) -> None:
+    slab = store.own(MINE, 1000)
+    write_version(slab.buffers[0], version(4), 1000)
+    write_version(slab.buffers[1], version(3), 1000)
+    target = store.retrieval_target(MINE, version(5), 1000)
+    assert target is slab.buffers[1]
+
+
+def test_a_retrieval_that_broke_off_is_repeated_in_the_same_buffer(store: ShardStore) -> None:
+    target = store.retrieval_target(MINE, version(5), 1000)
+    target.begin(version(5), 1000, retrieved=True)
+    assert store.retrieval_target(MINE, version(5), 1000) is target
+
+
+def test_what_was_retrieved_is_marked_until_training_resumes(store: ShardStore) -> None:
+    target = store.retrieval_target(MINE, version(5), 1000)
+    target.begin(version(5), 1000, retrieved=True)
+    target.seal(1000)
+    target.complete()
+    assert store.inventory().holdings == (Holding(MINE, version(5), True),)
+    store.resume_from(version(5))
+    assert store.inventory().holdings == (Holding(MINE, version(5), False),)
+
+
+# -- recovery ----------------------------------------------------------------------------------------------------------
+
+
+def fill(store: ShardStore) -> None:
+    """Own versions 4 and 5, the peer's 4 and a half of 5."""
+    slab = store.own(MINE, 1000)
+    write_version(slab.buffers[0], version(4), 1000)
+    write_version(slab.buffers[1], version(5), 1000)
+    take_in(store, 4)
+    store.replica_target(THEIRS, version(5), 1000, 1)
+
+
+def held(store: ShardStore) -> set[tuple[int, int]]:
+    return {(holding.owner, holding.id.version) for holding in store.inventory().holdings}
+
+
+def test_the_inventory_has_complete_versions_only(store: ShardStore) -> None:
+    fill(store)
+    assert store.inventory().machine == 0
+    assert held(store) == {(MINE, 4), (MINE, 5), (THEIRS, 4)}
+
+
+def test_resuming_forgets_what_is_newer_complete_or_not(store: ShardStore) -> None:
+    fill(store)
+    store.resume_from(version(4))
+    assert held(store) == {(MINE, 4), (THEIRS, 4)}
+    theirs = store.slab(THEIRS)
+    assert theirs is not None
+    assert [buffer.id for buffer in theirs.buffers] == [version(4), None]
+
+
+def test_resuming_from_elsewhere_forgets_everything(store: ShardStore) -> None:
+    fill(store)
+    store.resume_from(None)
+    assert not held(store)
+    assert all(buffer.id is None for slab in store.slabs() for buffer in slab.buffers)
+
+
+def test_a_worker_that_died_leaves_its_unfinished_version_and_nothing_else_behind(store: ShardStore) -> None:
+    slab = store.own(MINE, 1000)
+    write_version(slab.buffers[0], version(4), 1000)
+    write_version(slab.buffers[1], version(5), 1000, until_byte=500)
+    store.abandon_unfinished(MINE)
+    store.abandon_unfinished(7)  # never heard of
+    assert held(store) == {(MINE, 4)}
+    assert slab.buffers[1].state is BufferState.EMPTY
+
+
+def test_a_retrieval_goes_on_when_a_worker_dies_meanwhile(store: ShardStore) -> None:
+    target = store.retrieval_target(MINE, version(5), 1000)
+    target.begin(version(5), 1000, retrieved=True)
+    store.abandon_unfinished(MINE)
+    assert target.id == version(5)
+    target.seal(1000)
+    target.complete()
+
+
+def test_a_corrupt_version_is_discarded_alone(store: ShardStore) -> None:
+    fill(store)
+    store.discard(MINE, version(5))
+    store.discard(MINE, version(99))
+    store.discard(42, version(5))
+    assert held(store) == {(MINE, 4), (THEIRS, 4)}
+
+
+# -- the job's shape ---------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_another_shape_is_kept_and_both_shapes_are_named(store: ShardStore) -> None:
+    fill(store)
+    for machines, nproc in ((3, 1), (2, 2), (1, 1)):
+        with pytest.raises(LayoutMismatchError) as refusal:
+            store.enter_generation(7, machines, nproc)
+        assert "2 machines x 1 ranks" in str(refusal.value)
+        assert f"{machines} x {nproc}" in str(refusal.value)
+        assert "lightning-gemini stop" in str(refusal.value)
+    assert (store.generation, store.machines, len(held(store))) == (1, 2, 3)
+
+
+def test_an_empty_store_takes_any_shape(store: ShardStore) -> None:
+    store.enter_generation(2, 8, 4)
+    assert list(store.own_ranks()) == [0, 1, 2, 3]
+    assert ShardStore(3).own_ranks() == range(0)
+
+
+def test_generations_only_grow(store: ShardStore) -> None:
+    store.enter_generation(5, 2, 1)
+    store.enter_generation(3, 2, 1)
+    assert store.generation == 5
+
+
+def test_an_impossible_placement_changes_nothing(store: ShardStore) -> None:
+    with pytest.raises(PlacementError, match="replicas=3 needs 3 machines, the job has 2"):
+        store.set_replication(3, "mixed")
+    assert (store.replicas, store.strategy) == (2, "mixed")
+
+
+def test_a_rank_keeps_its_slab_over_restarts(store: ShardStore) -> None:
+    assert store.own(MINE, 1000) is store.own(MINE, 5_000_000)
+
+
+def test_a_slab_is_refused_with_the_whole_machine_in_mind(store: ShardStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "available_bytes", lambda: 1024 * 2**20)
+    with pytest.raises(CapacityError, match="2 buffers x 2 replicas x 1 ranks x 200 MiB = 800 MiB"):
+        store.own(MINE, 200 * 2**20)  # this slab alone would fit
+    assert not store.slabs()
+
+
+def test_clearing_frees_everything(store: ShardStore) -> None:
+    fill(store)
+    slabs = store.slabs()
+    assert store.total_bytes > 4 * 65536
+    store.clear()
+    store.clear()
+    assert (store.total_bytes, store.slabs()) == (0, [])
+    assert all(buffer.fd < 0 for slab in slabs for buffer in slab.buffers)
+
+
+def test_one_writer_at_a_time_for_each_owner(store: ShardStore) -> None:
+    assert store.writer(1) is store.writer(1)
+    assert store.writer(1) is not store.writer(2)
+    with store.writer(1):
+        assert not store.wait_for_writers(0.05)
+    assert store.wait_for_writers(0.05)
+
+

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.callbacks.training_random import capture_random, restore_random
 from lightning_gemini.errors import ConfigurationError
+from lightning_gemini.strategies.zero_state import require_supported
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -36,11 +37,14 @@ class GeminiCheckpoint(Checkpoint):
         self._last_persist = time.monotonic()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse other strategies."""
+        """Refuse other strategies, and what cannot be checkpointed from memory."""
         if not hasattr(trainer.strategy, "job_state"):
             raise ConfigurationError(
                 f"GeminiCheckpoint needs Trainer(strategy='gemini'), found {type(trainer.strategy).__name__}"
             )
+        strategy = _strategy(trainer)
+        if stage == "fit" and strategy.checkpoint_config.checkpoint_every:
+            require_supported(strategy.config or {})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make room in memory, before the first step."""

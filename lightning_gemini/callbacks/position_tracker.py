@@ -52,6 +52,7 @@ class Position:
         fetch: random state when the next fetch (or the next epoch) begins.
         next_epoch: the epoch is over (or none has begun), so that the next ``iter`` begins another.
         exhausted: the iterator has reported its end, which may have drawn, too.
+        later: random states when the fetches after that began, for as many as training had not drawn between.
         inner: the loader's own state here, for a loader with state.
     """
 
@@ -60,6 +61,7 @@ class Position:
     fetch: RandomState
     next_epoch: bool = False
     exhausted: bool = False
+    later: tuple[RandomState, ...] = ()
     inner: Any = None
 
     def to_plain(self) -> dict[str, Any]:
@@ -68,7 +70,7 @@ class Position:
         states = {"created": origin.created, "iterated": origin.iterated, "drawn": origin.drawn, "fetch": self.fetch}
         plain = {name: state.to_plain() if state else None for name, state in states.items()}
         flags = {"workers": origin.workers, "next_epoch": self.next_epoch, "exhausted": self.exhausted}
-        return {"delivered": self.delivered, **flags, **plain}
+        return {"delivered": self.delivered, **flags, **plain, "later": [state.to_plain() for state in self.later]}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any], inner: Any = None) -> Position:
@@ -78,7 +80,8 @@ class Position:
         }
         fetch = RandomState.from_plain(plain["fetch"])
         origin = Origin(plain["workers"], **states)
-        return cls(origin, plain["delivered"], fetch, plain["next_epoch"], plain["exhausted"], inner)
+        later = tuple(RandomState.from_plain(state) for state in plain["later"])
+        return cls(origin, plain["delivered"], fetch, plain["next_epoch"], plain["exhausted"], later, inner)
 
 
 @dataclass(slots=True, eq=False)
@@ -87,15 +90,13 @@ class Cursor:
 
     Attributes:
         length: batches in the epoch, if known.
-        exhausted: the iterator has reported its end.
-        last_inner: the loader's own state before that report.
+        last: the position before the iterator reported its end, once it has.
     """
 
     origin: Origin
     length: int | None
     delivered: int = 0
-    exhausted: bool = False
-    last_inner: Any = None
+    last: Position | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -128,6 +129,7 @@ class PositionTracker:
     _cursor: Cursor | None = None
     _loaded: Position | None = None
     _resumption: _Resumption | None = None
+    _later: deque[RandomState] = field(default_factory=deque)
     _workers: bool = False
     _fetching: bool = False
     _created_in_fetch: bool = False
@@ -149,34 +151,42 @@ class PositionTracker:
         """Forgets all positions; whatever the loader does next is taken as its beginning."""
         self._loaded = self._resumption = self._cursor = None
         self._recent.clear()
+        self._later.clear()
 
     def load(self, position: Position) -> None:
         """Makes the next ``iter`` resume at a position."""
-        self._loaded, self._resumption = position, None
-        self._recent.clear()
+        self.forget()
+        self._loaded = position
 
     def position(self, sources: tuple[RandomSource, ...], length: int | None, read_inner: ReadInner) -> Position:
         """The position before the fetches in flight."""
         if self._loaded is not None or self._resumption is not None:
             return self._loaded or self._resumption.position  # type: ignore[union-attr]
-        if (steps := self.in_flight()) > 0 and self._recent:
-            return self._recent[-min(steps, len(self._recent))]
         now = RandomState.capture(sources)
+        if (steps := self.in_flight()) > 0 and self._recent:
+            return self._before_last(steps, now, length)
         if self._cursor is None:
             return Position(Origin(workers=False), 0, now, next_epoch=True, inner=read_inner())
         return self._here(self._cursor, now, length, read_inner)
+
+    def _before_last(self, fetches: int, now: RandomState, length: int | None) -> Position:
+        position, *after = list(self._recent)[-fetches:]
+        later = [repeated.fetch for repeated in after]
+        # Of a loader without length Lightning fetches a batch ahead, so a single batch in flight is not in training
+        # yet, unless it is the last, behind which Lightning has found the end. Either way training had drawn since.
+        if length is None and fetches == 1 and self._cursor is not None:
+            later.append(now if self._cursor.last is None else self._cursor.last.fetch)
+        return replace(position, later=tuple(later))
 
     def _here(self, cursor: Cursor, now: RandomState, length: int | None, read_inner: ReadInner) -> Position:
         if self.epoch_over is not None:
             over = self.epoch_over()
         elif length is None:
-            over = cursor.exhausted
+            over = cursor.last is not None
         else:  # at the last batch; but who has read beyond it, and has not begun another epoch, has other loaders
-            over = cursor.delivered >= length and not cursor.exhausted
-        if cursor.exhausted and not over:
-            return Position(cursor.origin, cursor.delivered, now, exhausted=True, inner=cursor.last_inner)
-        delivered = 0 if cursor.exhausted else cursor.delivered
-        return Position(cursor.origin, delivered, now, next_epoch=over, inner=read_inner())
+            over = cursor.delivered >= length and cursor.last is None
+        inner, stays = (cursor.last.inner, not over) if cursor.last is not None else (read_inner(), False)
+        return Position(cursor.origin, cursor.delivered, now, next_epoch=over, exhausted=stays, inner=inner)
 
     def begin(self, sources: tuple[RandomSource, ...], workers: bool, length: int | None) -> Cursor:
         """Begins an epoch or goes on with the loaded one. Called before the loader's own iterator is made."""
@@ -184,6 +194,7 @@ class PositionTracker:
         if self._resumption is not None:  # given up without a fetch: this epoch begins where that one was to go on
             self._restore_between_epochs()
         loaded, self._loaded, self._resumption = self._loaded, None, None
+        self._later.clear()
         self._cursor = Cursor(Origin(workers), length)
         if loaded is not None:
             if not loaded.next_epoch:
@@ -260,15 +271,18 @@ class PositionTracker:
         """Returns the position before a fetch; on the first after a resume, puts the random state back."""
         self._cursor, self._fetching, self._created_in_fetch = cursor, True, False
         resumption = self._resumption
-        if resumption is None or resumption.cursor is not cursor:
-            fetch, inner = RandomState.capture(self.sources), read_inner()
-        else:
+        if resumption is not None and resumption.cursor is cursor:
             self._take_turn(resumption)
             self._restore_fetch()
+            self._later.extend(resumption.position.later)
             fetch, inner = resumption.fetch, resumption.position.inner
+        else:
+            if self._later:
+                self._later.popleft().restore(self.sources)
+            fetch, inner = RandomState.capture(self.sources), read_inner()
         if inner is not None and cursor.origin.drawn is None:
             cursor.origin.drawn = fetch
-        return Position(cursor.origin, cursor.delivered, fetch, exhausted=cursor.exhausted, inner=inner)
+        return Position(cursor.origin, cursor.delivered, fetch, exhausted=cursor.last is not None, inner=inner)
 
     def end_fetch(self, position: Position | None) -> None:
         """Ends a fetch; `position` is where it began, None if it is not one to repeat."""
@@ -337,8 +351,7 @@ class CountedBatches(Iterator[Any]):
             cursor.delivered += 1
             done = position
         except StopIteration:
-            if not cursor.exhausted:
-                cursor.exhausted, cursor.last_inner = True, position.inner
+            cursor.last = cursor.last or position
             if cursor.length is not None:  # else Lightning looked ahead for the end, which is no fetch to repeat
                 done = position
             raise
@@ -347,7 +360,7 @@ class CountedBatches(Iterator[Any]):
         return batch
 
     def _inner(self) -> Any:
-        return self._cursor.last_inner if self._cursor.exhausted else self._read_inner()
+        return self._read_inner() if self._cursor.last is None else self._cursor.last.inner
 
     def __len__(self) -> int:
         return len(self._batches)  # type: ignore[arg-type]

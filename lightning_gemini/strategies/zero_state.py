@@ -21,27 +21,31 @@ if TYPE_CHECKING:
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
-def require_supported(engine: DeepSpeedEngine) -> None:
-    """Refuse what cannot be checkpointed from memory.
+def require_supported(config: dict[str, Any]) -> None:
+    """Refuse what cannot be checkpointed from memory, before DeepSpeed looks at it.
+
+    Args:
+        config: DeepSpeed's configuration.
 
     Raises:
         ConfigurationError: ZeRO is off, state lives on NVMe, or elastic checkpoints are on.
     """
-    if not engine.zero_optimization():
+    zero = config.get("zero_optimization")
+    if not isinstance(zero, dict) or not int(zero.get("stage") or 0):
         raise ConfigurationError("strategy 'gemini' needs ZeRO stage 1, 2 or 3; use GeminiStrategy(stage=...)")
-    if engine.zero_nvme_offload_optimizer() or _offloads_to_nvme(engine):
+    if "nvme" in (_device(zero.get("offload_optimizer")), _device(zero.get("offload_param"))):
         raise ConfigurationError(
             "optimizer or parameter offload to NVMe cannot be checkpointed from memory; offload to 'cpu' instead"
         )
-    if engine.zero_elastic_checkpoint():
+    if zero.get("elastic_checkpoint"):
         raise ConfigurationError(
             "zero_optimization.elastic_checkpoint must be off: it needs every rank's state on every rank"
         )
 
 
-def _offloads_to_nvme(engine: DeepSpeedEngine) -> bool:
-    offload = engine.zero_offload_param()
-    return offload is not None and str(getattr(offload.device, "value", offload.device)) == "nvme"
+def _device(offload: Any) -> str:
+    device = offload.get("device") if isinstance(offload, dict) else None
+    return str(getattr(device, "value", device))
 
 
 class ZeroState:
@@ -52,7 +56,6 @@ class ZeroState:
     """
 
     def __init__(self, engine: DeepSpeedEngine) -> None:
-        require_supported(engine)
         self._engine = engine
         self.partitioned = bool(engine.zero_optimization_partition_weights())
         self._constant = shard.pack(self._constant_state())

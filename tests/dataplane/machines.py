@@ -51,10 +51,7 @@ class Machine:
         self.store.set_replication(replicas, "mixed" if machines > 1 else "group")
         self.server = ReplicaServer("127.0.0.1", JOB, SECRET, self.store)
         self.server.start()
-
-    @property
-    def peer(self) -> Peer:
-        return Peer(self.rank, self.server.address)
+        self.peer = Peer(rank, self.server.address)
 
     def transport_to(self, other: Peer) -> TcpTransport:
         return TcpTransport(other, JOB, SECRET, self.rank, self.store.generation)

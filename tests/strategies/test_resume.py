@@ -97,6 +97,22 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Place]]] = {
         [end_of(5)],
     ),
     "zero3-every-third-step": ({"strategy": {"stage": 3, "checkpoint_every": 3}, "scheduler": "cosine"}, [end_of(8)]),
+    "zero3-offload-by-config": (
+        {
+            "strategy": {
+                "config": {
+                    "zero_optimization": {
+                        "stage": 3,
+                        "offload_optimizer": {"device": "cpu"},
+                        "offload_param": {"device": "cpu"},
+                    },
+                    "zero_force_ds_cpu_optimizer": False,
+                    "zero_allow_untested_optimizer": True,
+                }
+            },
+        },
+        [end_of(7)],
+    ),
     "zero1-one-replica": ({"strategy": {"stage": 1, "replicas": 1}, **TWO_MACHINES}, [end_of(7)]),
     "zero3-first-steps": (
         {**TWO_MACHINES},

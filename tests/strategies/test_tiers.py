@@ -28,7 +28,8 @@ def persisting(directory: Path, stage: int, **more: Any) -> dict[str, Any]:
 
 
 def saved(directory: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("global_step")) for path in (directory / "persist").glob("global_step*"))
+    names = [path.name for path in (directory / "persist").glob("global_step*")]
+    return sorted(int(name.removeprefix("global_step").partition(".")[0]) for name in names)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -73,10 +74,11 @@ def test_the_directory_of_a_finished_job_is_no_beginning(make_job: MakeJob, tmp_
     options = persisting(tmp_path, 2)
     job = make_job(**options)
     assert job.run().ended
-    assert (tmp_path / "persist" / "gemini_finished").exists()
+    kept = saved(tmp_path)
     again = job.run()
     assert again.ended, again.output
     assert again.start == {"kind": "start", "step": 0, "version": None, "tier": None, "seen_on_save": 0}
+    assert kept[-1] in saved(tmp_path), "a result is not thinned out by the next job"
 
 
 def test_a_damaged_checkpoint_on_disk_is_skipped(

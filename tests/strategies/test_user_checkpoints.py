@@ -102,8 +102,8 @@ def test_versions_can_be_turned_off(make_job: MakeJob) -> None:
     assert outcome.start["step"] == 0
 
 
-def test_a_list_of_batches_is_trained_with_a_warning(make_job: MakeJob) -> None:
-    job = make_job(loader="list", strategy="gemini_stage_1")
+def test_a_loader_that_cannot_go_on_is_trained_with_a_warning(make_job: MakeJob) -> None:
+    job = make_job(loader="iterable", strategy="gemini_stage_1")
     job.run(stop=KILL)
     assert "has no state_dict and load_state_dict" in job.attempts[0].output
     outcome = job.run()

@@ -13,7 +13,7 @@ import pickle
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Options:
         width: Size of the hidden layer.
         frozen: Freezes the first layer.
         scheduler: ``cosine`` (a step), ``cosine-epoch``, ``plateau`` (an epoch), or nothing.
-        loader: ``shuffled``, ``workers``, ``stateful``, ``stateful-workers`` or ``list``.
+        loader: ``shuffled``, ``workers``, ``stateful``, ``stateful-workers`` or ``iterable``.
         batches: Training batches an epoch and rank.
         val_batches: Validation batches; 0: no validation.
         callbacks: ``checkpoint``, ``early-stopping``, by name.
@@ -86,6 +86,19 @@ class Samples(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
         return torch.tensor(index), self.features[index], self.labels[index]
+
+
+class Batches:
+    """Batches from somewhere: no loader that anybody knows."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 def body(names: tuple[str, ...], width: int) -> nn.Sequential:
@@ -145,8 +158,8 @@ class Classifier(pl.LightningModule):
     def loader(self, batches: int, shuffle: bool) -> Any:
         data = Samples(batches * BATCH * self.trainer.world_size, seed=int(shuffle))
         kind = self.options.loader
-        if kind == "list" and shuffle:
-            return list(DataLoader(Samples(batches * BATCH), BATCH))
+        if kind == "iterable" and shuffle:
+            return Batches(list(DataLoader(Samples(batches * BATCH), BATCH)))
         if kind.startswith("stateful") and shuffle:
             from torchdata.stateful_dataloader import StatefulDataLoader
 

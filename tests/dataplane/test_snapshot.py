@@ -1,0 +1,285 @@
+"""The snapshotter: copies behind training's back, at the right moment, and never takes training down."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane import capacity, shard
+from lightning_gemini.dataplane.shard import SMALL_BYTES, Layout, TensorSlot, lay_out
+from lightning_gemini.dataplane.slab import Buffer, BufferState, Slab
+from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter
+from lightning_gemini.errors import AgentError, CapacityError, IntegrityError
+from tests.dataplane.encoding import same
+from tests.dataplane.machines import content_of
+from tests.dataplane.waiting import wait_until
+
+CPU = torch.device("cpu")
+LARGE = SMALL_BYTES // 4 + 1  # float32 values of a tensor that is not cloned at once
+
+
+class Gate:
+    """Stands for the agent: counts the notices, and can hold the snapshot thread up before it copies."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.notices = 0
+        self.error: Exception | None = None
+
+    def notify(self) -> None:
+        self.notices += 1
+        assert self.open.wait(20.0)
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+@pytest.fixture
+def snapshotter(gate: Gate) -> Iterator[Snapshotter]:
+    made = Snapshotter(gate.notify, CPU)
+    made.start()
+    yield made
+    gate.open.set()
+    made.close()
+    made.close()
+
+
+@pytest.fixture
+def buffers() -> Iterator[tuple[Buffer, Buffer]]:
+    pair = Slab.create(0, 200_000)
+    yield pair.buffers
+    pair.close()
+
+
+Buffers = tuple[Buffer, Buffer]
+
+
+def v(number: int) -> VersionId:
+    return VersionId(1, number)
+
+
+def state_in(buffer: Buffer) -> tuple[Any, Any]:
+    return shard.read(memoryview(bytearray(content_of(buffer))))
+
+
+def finished(snapshot: Snapshot) -> Snapshot:
+    assert snapshot.wait(20.0)
+    return snapshot
+
+
+def broken_layout() -> Layout:
+    """One that fails in the middle: the second tensor has no bytes to copy."""
+    layout = lay_out([torch.ones(LARGE)], None)
+    nowhere = TensorSlot(torch.empty(10, device="meta"), layout.slots[0].nbytes // 64 * 64 + 64, 40)
+    layout.slots.append(nowhere)
+    layout.blob_offset += 64
+    return layout
+
+
+# -- copying -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_version_is_copied_and_announced_twice(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:
+    stable, volatile = {"weight": torch.rand(LARGE), "step": torch.tensor(3)}, {"random": torch.rand(5), "name": "x"}
+    snapshot = finished(snapshotter.begin(v(1), lay_out(stable, volatile), buffers[0]))
+    assert (snapshot.error, buffers[0].id, buffers[0].retrieved) == (None, v(1), False)
+    assert same(state_in(buffers[0]), (stable, volatile))
+    assert gate.notices == 2
+    assert snapshot.copy_s > 0
+
+
+dtypes = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.complex64])
+sizes = st.sampled_from([0, 1, 3, 100, 8191, 8192, 8193, 32768, 65536, 70000])
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(parts=st.lists(st.tuples(dtypes, sizes), max_size=5))
+def test_tensors_across_chunk_borders_arrive_whole(
+    snapshotter: Snapshotter, buffers: Buffers, small_chunks: int, parts: list[tuple[torch.dtype, int]]
+) -> None:
+    state = [(torch.arange(size) % 101).to(dtype) for dtype, size in parts]
+    snapshot = finished(snapshotter.begin(v(1), lay_out(state, state[:1]), buffers[0]))
+    assert snapshot.error is None
+    assert buffers[0].chunk_bytes == small_chunks
+    assert same(state_in(buffers[0])[0], state)
+
+
+def test_chunks_are_sealed_while_the_copy_goes_on(
+    snapshotter: Snapshotter, buffers: Buffers, small_chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    seal = Buffer.seal
+    monkeypatch.setattr(Buffer, "seal", lambda self, end: (seal(self, end), seen.append(self.chunks_ready))[0])
+    state = [torch.zeros(small_chunks // 4) for _ in range(4)]
+    finished(snapshotter.begin(v(1), lay_out(state, None), buffers[0]))
+    assert sorted(seen) == seen
+    assert {1, 2, 3} <= set(seen)
+
+
+def test_the_calling_thread_goes_on_at_once(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:
+    gate.open.clear()
+    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    assert not snapshot.done
+    assert (buffers[0].id, buffers[0].state, buffers[0].chunks_ready) == (v(1), BufferState.WRITING, 0)
+    assert not snapshot.wait(0.01)
+    gate.open.set()
+    assert finished(snapshot).done
+
+
+# -- when training may change the state ----------------------------------------------------------------------------------
+
+
+def test_training_waits_until_its_state_was_read(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:
+    gate.open.clear()
+    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    stepping = threading.Event()
+
+    def step() -> None:
+        snapshot.wait_until_read()
+        stepping.set()
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    assert not stepping.wait(0.05)
+    gate.open.set()
+    assert stepping.wait(20.0)
+    thread.join()
+
+
+def test_a_step_right_after_the_wait_never_shows_in_the_version(snapshotter: Snapshotter, buffers: Buffers) -> None:
+    weight, counter = torch.zeros(20 * LARGE), torch.zeros(3)
+    for step in range(1, 40):
+        weight.fill_(step)
+        counter.fill_(step)
+        snapshot = snapshotter.begin(v(step), lay_out({"weight": weight}, counter), buffers[step % 2])
+        snapshot.wait_until_read()
+        weight.fill_(-1)
+        counter.fill_(-1)
+        finished(snapshot)
+        stable, volatile = state_in(buffers[step % 2])
+        assert bool((stable["weight"] == step).all())
+        assert bool((volatile == step).all())
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_that_fails_is_reported_and_the_next_one_works(snapshotter: Snapshotter, buffers: Buffers) -> None:
+    snapshotter_error = finished(snapshotter.begin(v(1), broken_layout(), buffers[0]))
+    assert isinstance(snapshotter_error.error, (NotImplementedError, RuntimeError))
+    snapshotter_error.wait_until_read()  # training does not hang
+    assert buffers[0].id is None
+    assert finished(snapshotter.begin(v(2), lay_out([torch.ones(3)], None), buffers[0])).error is None
+    assert buffers[0].id == v(2)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_agent_that_went_away_fails_the_version_alone(
+    snapshotter: Snapshotter, gate: Gate, buffers: Buffers, when: str
+) -> None:
+    gate.open.clear()
+    if when == "before":
+        gate.error = AgentError("the agent went away")
+    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0])
+    if when == "after":
+        wait_until(lambda: gate.notices == 1, "the first notice")
+        gate.error = AgentError("the agent went away")
+    gate.open.set()
+    assert isinstance(finished(snapshot).error, AgentError)
+    assert buffers[0].id is None
+    gate.error = None
+    assert finished(snapshotter.begin(v(2), lay_out([torch.ones(3)], None), buffers[1])).error is None
+
+
+def test_a_version_that_is_given_up_while_it_is_copied_never_counts(
+    snapshotter: Snapshotter, gate: Gate, buffers: Buffers
+) -> None:
+    gate.open.clear()
+    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    buffers[0].drop()
+    gate.open.set()
+    assert isinstance(finished(snapshot).error, IntegrityError)
+    assert buffers[0].id is None
+
+
+def test_two_versions_are_never_mixed_in_one_buffer(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:
+    """All ranks gave version 1 up, and version 2 goes to the same buffer, while the thread is still at version 1."""
+    gate.open.clear()
+    first = snapshotter.begin(v(1), lay_out([torch.full((LARGE,), 1.0)], None), buffers[0])
+    wait_until(lambda: gate.notices == 1, "the thread is at version 1")
+    buffers[0].drop()
+    begun: list[Snapshot] = []
+    layout = lay_out([torch.full((LARGE,), 2.0)], None)
+    publisher = threading.Thread(target=lambda: begun.append(snapshotter.begin(v(2), layout, buffers[0])))
+    publisher.start()
+    publisher.join(0.05)
+    assert not begun
+    gate.open.set()
+    publisher.join(20.0)
+    finished(begun[0])
+    assert (first.done, first.error is None, begun[0].error) == (True, False, None)
+    assert bool((state_in(buffers[0])[0][0] == 2.0).all())
+
+
+def test_memory_that_is_short_is_said_to_the_caller(
+    snapshotter: Snapshotter, buffers: Buffers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0]))
+    monkeypatch.setattr(capacity, "available_bytes", lambda: 257 * 2**20)
+    with pytest.raises(CapacityError):
+        snapshotter.begin(v(2), lay_out([torch.ones(5_000_000)], None), buffers[1])
+    assert (buffers[0].id, buffers[1].id) == (v(1), None)
+    assert finished(snapshotter.begin(v(3), lay_out([torch.ones(3)], None), buffers[1])).error is None
+
+
+def test_a_deferred_action_that_fails_is_said_once_and_ends_nothing(
+    snapshotter: Snapshotter, buffers: Buffers, caplog: pytest.LogCaptureFixture
+) -> None:
+    done = threading.Event()
+
+    def fail() -> None:
+        raise OSError("no space left on device")
+
+    for _ in range(3):
+        snapshotter.defer(fail)
+    snapshotter.defer(done.set)
+    assert done.wait(20.0)
+    assert caplog.text.count("no space left on device") == 1
+    assert finished(snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0])).error is None
+
+
+def test_closing_finishes_what_was_begun(gate: Gate, buffers: Buffers) -> None:
+    snapshotter = Snapshotter(gate.notify, CPU)
+    snapshotter.start()
+    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    snapshotter.close()
+    assert snapshot.done
+    assert state_in(buffers[0])[0][0].all()
+
+
+# -- replicas ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_until_all_holders_have_it_is_noted(snapshotter: Snapshotter, buffers: Buffers) -> None:
+    snapshot = finished(snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0]))
+    assert snapshot.replica_complete_s is None
+    buffers[0].acknowledge(v(1))
+    wait_until(lambda: snapshot.replica_complete_s is not None, "it is noted")
+
+
+def test_waiting_for_replicas_does_not_hold_up_the_next_version(snapshotter: Snapshotter, buffers: Buffers) -> None:
+    first = finished(snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0]))
+    assert finished(snapshotter.begin(v(2), lay_out([torch.ones(3)], None), buffers[1])).error is None
+    assert first.replica_complete_s is None

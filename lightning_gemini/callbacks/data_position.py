@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gemini.callbacks.position_tracker import PositionTracker
+from lightning_gemini.callbacks.position_tracker import EpochState, PositionTracker
 from lightning_gemini.callbacks.resumable_loader import (
     Resumable,
     StatefulProxy,
@@ -21,11 +21,11 @@ from lightning_gemini.callbacks.resumable_loader import (
     swap_class,
 )
 
-__all__ = ["batches_in_flight", "epoch_over", "exactness_warning", "make_resumable"]
+__all__ = ["EpochState", "batches_in_flight", "epoch_state", "exactness_warning", "make_resumable"]
 
 
 def make_resumable(
-    loader: object, in_flight: Callable[[], int], epoch_over: Callable[[], bool] | None = None
+    loader: object, in_flight: Callable[[], int], epoch_state: Callable[[], EpochState] | None = None
 ) -> object:
     """Makes a loader's position part of checkpoints, exact to the batch and to the random number.
 
@@ -36,7 +36,7 @@ def make_resumable(
     ``state_dict()`` describes the position before the last ``in_flight()`` fetches; after ``load_state_dict`` and
     ``iter`` the next batch is the first of those, its random numbers are the same, and what was delivered before is
     not loaded again. A state taken when the epoch was over makes the next ``iter`` begin the next epoch. Without
-    `epoch_over`, an epoch of known length is over when all its batches have been delivered, unless the iterator has
+    `epoch_state`, an epoch of known length is over when all its batches have been delivered, unless the iterator has
     reported its end, too: then it stays at its end, where the first fetch stops at once.
 
     What cannot be told from outside, and is not exact: random numbers which a data set draws *inside worker processes*
@@ -47,13 +47,13 @@ def make_resumable(
     Args:
         loader: a `DataLoader`, or any other iterable.
         in_flight: how many batches have been fetched but not processed, e.g. `batches_in_flight` of the trainer.
-        epoch_over: whether the consumer is done with the epoch, e.g. `epoch_over` of the trainer. It is needed for a
-            trainer with several loaders or with ``limit_train_batches``, and asked only when nothing is in flight.
+        epoch_state: whether the consumer is done with the epoch, e.g. `epoch_state` of the trainer. Lightning's
+            checkpoints at the end of an epoch need it; it is asked only when nothing is in flight.
     """
     if isinstance(loader, Resumable | StatefulProxy):
-        loader._gemini_tracker.in_flight, loader._gemini_tracker.epoch_over = in_flight, epoch_over
+        loader._gemini_tracker.in_flight, loader._gemini_tracker.epoch_state = in_flight, epoch_state
         return loader
-    tracker = PositionTracker(in_flight, epoch_over)
+    tracker = PositionTracker(in_flight, epoch_state)
     if _has_state(loader):
         return loader if swap_class(loader, stateful_class, tracker) else StatefulProxy(loader, tracker)
     if isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset):
@@ -103,10 +103,17 @@ def batches_in_flight(trainer: Any) -> int:
     return max(0, int(current.ready - current.processed)) + len(getattr(fetcher, "batches", ()))
 
 
-def epoch_over(trainer: Any) -> bool:
-    """Whether a trainer's fit loop has processed the last batch that it wants of this epoch."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    return bool(progress.current.processed) and bool(trainer.fit_loop.epoch_loop._num_ready_batches_reached())
+def epoch_state(trainer: Any) -> EpochState:
+    """What a trainer's fit loop does next with its loaders when no batch is in flight.
+
+    A run that resumes behind ``on_train_batch_end`` of the last batch trains on what comes from the iterator that it
+    makes at its start; one that resumes later in the end of the epoch looks for a batch, or makes another iterator.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    current = loop.batch_progress.current
+    if not current.processed or not loop._num_ready_batches_reached():
+        return EpochState.RUNNING
+    return EpochState.OVER if current.completed < current.processed else EpochState.ENDING
 
 
 def _has_state(loader: object) -> bool:

@@ -7,6 +7,7 @@ and on resume puts it back at each of these moments, whatever the process has dr
 
 from __future__ import annotations
 
+import enum
 import warnings
 import weakref
 from collections import deque
@@ -18,9 +19,34 @@ from typing import Any
 
 from lightning_gemini.callbacks.random_state import RandomSource, RandomState
 
-__all__ = ["CountedBatches", "Cursor", "Origin", "Position", "PositionTracker", "ReadInner", "TrackedSampler"]
+__all__ = [
+    "CountedBatches",
+    "Cursor",
+    "EpochState",
+    "Origin",
+    "Position",
+    "PositionTracker",
+    "ReadInner",
+    "TrackedSampler",
+]
 
 ReadInner = Callable[[], Any]
+
+
+class EpochState(enum.Enum):
+    """What a consumer with nothing in flight does next with a loader.
+
+    Attributes:
+        RUNNING: it goes on with the epoch.
+        OVER: it begins the next epoch, and may take the iterator for that which it makes on resume.
+        ENDING: it begins the next epoch, but on resume it looks for the end of this one first.
+    """
+
+    RUNNING = "running"
+    OVER = "over"
+    ENDING = "ending"
+
+
 _REMEMBERED_FETCHES = 4
 
 
@@ -50,7 +76,7 @@ class Position:
         origin: the epoch, filled in while its first batch is fetched.
         delivered: batches of the epoch before this place.
         fetch: random state when the next fetch (or the next epoch) begins.
-        next_epoch: the epoch is over (or none has begun), so that the next ``iter`` begins another.
+        epoch: OVER also if none has begun.
         exhausted: the iterator has reported its end, which may have drawn, too.
         later: random states when the fetches after that began, for as many as training had not drawn between.
         inner: the loader's own state here, for a loader with state.
@@ -59,7 +85,7 @@ class Position:
     origin: Origin
     delivered: int
     fetch: RandomState
-    next_epoch: bool = False
+    epoch: EpochState = EpochState.RUNNING
     exhausted: bool = False
     later: tuple[RandomState, ...] = ()
     inner: Any = None
@@ -69,7 +95,7 @@ class Position:
         origin = self.origin
         states = {"created": origin.created, "iterated": origin.iterated, "drawn": origin.drawn, "fetch": self.fetch}
         plain = {name: state.to_plain() if state else None for name, state in states.items()}
-        flags = {"workers": origin.workers, "next_epoch": self.next_epoch, "exhausted": self.exhausted}
+        flags = {"workers": origin.workers, "epoch": self.epoch.value, "exhausted": self.exhausted}
         return {"delivered": self.delivered, **flags, **plain, "later": [state.to_plain() for state in self.later]}
 
     @classmethod
@@ -81,7 +107,8 @@ class Position:
         fetch = RandomState.from_plain(plain["fetch"])
         origin = Origin(plain["workers"], **states)
         later = tuple(RandomState.from_plain(state) for state in plain["later"])
-        return cls(origin, plain["delivered"], fetch, plain["next_epoch"], plain["exhausted"], later, inner)
+        epoch = EpochState(plain["epoch"])
+        return cls(origin, plain["delivered"], fetch, epoch, plain["exhausted"], later, inner)
 
 
 @dataclass(slots=True, eq=False)
@@ -115,14 +142,14 @@ class PositionTracker:
 
     Attributes:
         in_flight: tells how many of the last fetches a state is to leave out.
-        epoch_over: tells, when nothing is in flight, whether the next ``iter`` is to begin another epoch. By default it
-            is once all batches of a known length are delivered.
+        epoch_state: tells the state of the epoch when nothing is in flight. By default it is over once all batches of a
+            known length are delivered.
         sources: what the loader draws from beside the process's generators, as of the last ``iter``.
         creating: whether the loader's own iterator is being made.
     """
 
     in_flight: Callable[[], int]
-    epoch_over: Callable[[], bool] | None = None
+    epoch_state: Callable[[], EpochState] | None = None
     sources: tuple[RandomSource, ...] = ()
     creating: bool = False
     _recent: deque[Position] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_FETCHES))
@@ -139,13 +166,14 @@ class PositionTracker:
     def resuming(self) -> Position | None:
         """The position in mid-epoch to which the iterator in the making or the first fetch has to be brought."""
         resumption = self._resumption
-        return None if resumption is None or resumption.position.next_epoch else resumption.position
+        return None if resumption is None or self.next_epoch is not None else resumption.position
 
     @property
     def next_epoch(self) -> Position | None:
         """The position behind an epoch from where the next one is to begin, at the first fetch."""
         resumption = self._resumption
-        return resumption.position if resumption is not None and resumption.position.next_epoch else None
+        between = resumption is not None and resumption.position.epoch is not EpochState.RUNNING
+        return resumption.position if resumption is not None and between else None
 
     def forget(self) -> None:
         """Forgets all positions; whatever the loader does next is taken as its beginning."""
@@ -166,7 +194,7 @@ class PositionTracker:
         if (steps := self.in_flight()) > 0 and self._recent:
             return self._before_last(steps, now, length)
         if self._cursor is None:
-            return Position(Origin(workers=False), 0, now, next_epoch=True, inner=read_inner())
+            return Position(Origin(workers=False), 0, now, EpochState.OVER, inner=read_inner())
         return self._here(self._cursor, now, length, read_inner)
 
     def _before_last(self, fetches: int, now: RandomState, length: int | None) -> Position:
@@ -179,40 +207,38 @@ class PositionTracker:
         return replace(position, later=tuple(later))
 
     def _here(self, cursor: Cursor, now: RandomState, length: int | None, read_inner: ReadInner) -> Position:
-        if self.epoch_over is not None:
-            over = self.epoch_over()
-        elif length is None:
-            over = cursor.last is not None
-        else:  # at the last batch; but who has read beyond it, and has not begun another epoch, has other loaders
-            over = cursor.delivered >= length and cursor.last is None
-        inner, stays = (cursor.last.inner, not over) if cursor.last is not None else (read_inner(), False)
-        return Position(cursor.origin, cursor.delivered, now, next_epoch=over, exhausted=stays, inner=inner)
+        epoch = self.epoch_state() if self.epoch_state is not None else _guess_epoch_state(cursor, length)
+        if cursor.last is None:
+            return Position(cursor.origin, cursor.delivered, now, epoch, inner=read_inner())
+        stays = epoch is EpochState.RUNNING
+        return Position(cursor.origin, cursor.delivered, now, epoch, stays, inner=cursor.last.inner)
 
     def begin(self, sources: tuple[RandomSource, ...], workers: bool, length: int | None) -> Cursor:
         """Begins an epoch or goes on with the loaded one. Called before the loader's own iterator is made."""
         self.sources, self._workers = sources, workers
-        if self._resumption is not None:  # given up without a fetch: this epoch begins where that one was to go on
-            self._restore_between_epochs()
-        loaded, self._loaded, self._resumption = self._loaded, None, None
+        loaded, resumption = self._loaded, self._resumption
+        if loaded is None and resumption is not None:  # given up without a fetch, for the next epoch
+            loaded = replace(resumption.position, epoch=EpochState.OVER)
+        self._loaded = self._resumption = None
         self._later.clear()
         self._cursor = Cursor(Origin(workers), length)
         if loaded is not None:
-            if not loaded.next_epoch:
-                self._cursor = Cursor(loaded.origin, length, loaded.delivered)
+            if loaded.epoch is EpochState.RUNNING:
+                last = loaded if loaded.exhausted else None
+                self._cursor = Cursor(loaded.origin, length, loaded.delivered, last)
             self._resumption = _Resumption(loaded, self._cursor, loaded.fetch)
             _awaiting_first_fetch.add(self)
         return self._cursor
 
     def begin_late(self) -> None:
-        """Begins the epoch behind a loaded position, at its first fetch: by then Lightning has set the epoch."""
-        if self._resumption is not None:
-            self._take_turn(self._resumption)
-            self._restore_between_epochs()
-            self._resumption = None
+        """Begins the epoch behind a loaded position at the first fetch: by then Lightning has set the epoch."""
+        if self.next_epoch is not None:
+            self._restore_sources_between_epochs(self.next_epoch)
+        _awaiting_first_fetch.discard(self)
+        self._resumption = None
 
-    def _restore_between_epochs(self) -> None:
-        assert self._resumption is not None
-        self._resumption.fetch.restore([source for source in self.sources if not source.set_by_consumer])
+    def _restore_sources_between_epochs(self, position: Position) -> None:
+        position.fetch.restore_sources([source for source in self.sources if not source.set_by_consumer])
 
     @contextmanager
     def creation(self) -> Iterator[None]:
@@ -317,6 +343,13 @@ class PositionTracker:
 _awaiting_first_fetch: weakref.WeakSet[PositionTracker] = weakref.WeakSet()
 
 
+def _guess_epoch_state(cursor: Cursor, length: int | None) -> EpochState:
+    at_end = cursor.last is not None
+    # Who has read beyond a last batch that it knew, and has not begun another epoch, has other loaders to read on from.
+    over = at_end if length is None else cursor.delivered >= length and not at_end
+    return EpochState.OVER if over else EpochState.RUNNING
+
+
 class TrackedSampler:
     """An index sampler whose iteration a tracker follows."""
 
@@ -337,13 +370,16 @@ class CountedBatches(Iterator[Any]):
         self, iterate: Callable[[], Any], tracker: PositionTracker, cursor: Cursor, read_inner: ReadInner
     ) -> None:
         self._tracker, self._cursor, self._iterate, self._read_inner = tracker, cursor, iterate, read_inner
-        self._batches = None if tracker.next_epoch else iterate()
+        self._batches: Any = None
+        if tracker.next_epoch is not None:
+            _awaiting_epoch[id(tracker)] = self  # in place of one that was given up
+        else:
+            self._batches = iterate()
 
     def __next__(self) -> Any:
         tracker, cursor = self._tracker, self._cursor
         if self._batches is None:
-            tracker.begin_late()
-            self._batches = self._iterate()
+            self._batches = self._begin_epochs()
         position = tracker.begin_fetch(cursor, self._inner)
         done: Position | None = None
         try:
@@ -359,13 +395,35 @@ class CountedBatches(Iterator[Any]):
             tracker.end_fetch(done)
         return batch
 
+    def _begin_epochs(self) -> Any:
+        # Loaders of a trainer begin their epochs one after the other, before the first fetch from any; or all are asked
+        # for the end of the last one.
+        start = self._tracker.next_epoch
+        assert start is not None
+        together = [batches for batches in _awaiting_epoch.values() if batches._awaits_same(start)]
+        if any(batches._tracker.next_epoch.epoch is EpochState.ENDING for batches in together):
+            raise StopIteration
+        start.fetch.restore_process()
+        for batches in together:
+            del _awaiting_epoch[id(batches._tracker)]
+            batches._tracker.begin_late()
+            batches._batches = batches._iterate()
+        return self._batches
+
+    def _awaits_same(self, start: Position) -> bool:
+        mine = self._tracker.next_epoch
+        return mine is not None and (mine is start or mine.fetch.same_process_state(start.fetch))
+
     def _inner(self) -> Any:
         return self._read_inner() if self._cursor.last is None else self._cursor.last.inner
 
     def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]
+        return len(self._batches)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_batches":
             raise AttributeError(name)
         return getattr(self._batches, name)
+
+
+_awaiting_epoch: weakref.WeakValueDictionary[int, CountedBatches] = weakref.WeakValueDictionary()

@@ -91,10 +91,14 @@ class RandomState:
 
     def restore(self, sources: Sequence[RandomSource] = ()) -> None:
         """Puts the process's generators and those of `sources` that this state knows back."""
+        self.restore_process()
+        self.restore_sources(sources)
+
+    def restore_process(self) -> None:
+        """Puts only the process's generators back."""
         random.setstate(self.python)
         np.random.set_state(self.numpy)
         torch.set_rng_state(self.torch)
-        self.restore_sources(sources)
 
     def restore_sources(self, sources: Sequence[RandomSource]) -> None:
         """Puts only those of `sources` back that this state knows."""

@@ -203,9 +203,10 @@ def _iterate_stateful(
             here = RandomState.capture(sources)
             next(iterate(), None)  # lazy ones take in what they loaded only now
             here.restore(sources)
-        sampler = getattr(loader, "sampler", None)
-        if getattr(sampler, "next_yielded", 0) is None:
-            sampler.yielded = 0  # torchdata's distributed sampler tells the last epoch's count until its first index
+        if getattr(getattr(loader, "sampler", None), "next_yielded", 0) is None:
+            loader.sampler.yielded = (
+                0  # torchdata's distributed sampler tells the last epoch's count until its first index
+            )
         cursor.origin.iterated = RandomState.capture(sources)
         if not (workers and getattr(loader, "persistent_workers", False) and loader._iterator is not None):
             cursor.origin.created = cursor.origin.iterated

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import array
 import json
+import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from lightning_gemini.errors import ProtocolError
 _LENGTH = struct.Struct("<I")
 MAX_MESSAGE_BYTES = 8 << 20
 _MAX_DESCRIPTORS = 16
-UNANSWERED = frozenset({"notify"})
+UNANSWERED = ("notify",)
 """Requests that nobody waits for an answer to."""
 
 
@@ -37,8 +38,9 @@ def receive_message(sock: socket.socket) -> tuple[dict[str, Any], list[int]]:
         EOFError: The other side closed the connection.
         ProtocolError: It is no message, or too long.
     """
-    # Children that a worker executes must not keep the memory alive.
-    data, descriptors, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
+    data, descriptors, _, _ = socket.recv_fds(sock, _LENGTH.size, _MAX_DESCRIPTORS)
+    for descriptor in descriptors:  # programs that a worker starts must not keep the memory alive
+        os.set_inheritable(descriptor, False)
     if not data:
         raise EOFError
     data += _read(sock, _LENGTH.size - len(data))

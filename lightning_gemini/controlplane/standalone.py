@@ -22,7 +22,7 @@ from pathlib import Path
 from lightning_gemini.controlplane.agent import AgentSettings, MachineAgent
 from lightning_gemini.controlplane.agent_client import AgentClient
 from lightning_gemini.controlplane.control_socket import is_served
-from lightning_gemini.errors import AgentError, ConfigurationError
+from lightning_gemini.errors import AgentError, ConfigurationError, GeminiError
 
 START_TIMEOUT_S = 20.0
 _SOCKET_PATH_BYTES = 107  # sun_path, without the zero at its end
@@ -78,12 +78,18 @@ def find_or_start(job: str, machine: int, bind_host: str, idle_timeout_s: float)
         AgentError: The agent there is of another job or version, or does not start.
     """
     path = socket_path(job, machine)
-    if not is_served(path):  # also where an agent that was killed left its socket behind
-        _spawn(job, machine, path, bind_host, idle_timeout_s)
-    return AgentClient(path, job)
+    if is_served(path):
+        return AgentClient(path, job)
+    # No agent, or one that was killed and left its socket behind.
+    process = _spawn(job, machine, path, bind_host, idle_timeout_s)
+    client = AgentClient(path, job)
+    if client.identity["pid"] != process.pid:  # another script was faster
+        process.kill()
+        process.wait()
+    return client
 
 
-def _spawn(job: str, machine: int, path: Path, bind_host: str, idle_timeout_s: float) -> None:
+def _spawn(job: str, machine: int, path: Path, bind_host: str, idle_timeout_s: float) -> subprocess.Popen[bytes]:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     settings = {
         "job": job,
@@ -104,13 +110,17 @@ def _spawn(job: str, machine: int, path: Path, bind_host: str, idle_timeout_s: f
             cwd="/",
         )
     assert process.stdin is not None
-    process.stdin.write(json.dumps(settings).encode())  # not on the command line: it has the secret
-    process.stdin.close()
+    with contextlib.suppress(BrokenPipeError):  # its log says why
+        process.stdin.write(json.dumps(settings).encode())  # not on the command line: it has the secret
+        process.stdin.close()
     deadline = time.monotonic() + START_TIMEOUT_S
     while not is_served(path):
-        if process.poll() is not None or time.monotonic() > deadline:
+        ended = process.poll() is not None or time.monotonic() > deadline
+        if ended and not is_served(path):  # it also ends where another one was faster
+            process.kill()
             raise AgentError(f"the agent did not start: {log_path.read_text(errors='replace').strip()[-500:]}")
         time.sleep(0.01)
+    return process
 
 
 def main() -> None:
@@ -121,7 +131,10 @@ def main() -> None:
     agent = MachineAgent(AgentSettings(**fields))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.close())
-    agent.start()
+    try:
+        agent.start()
+    except (GeminiError, OSError) as error:
+        sys.exit(str(error))  # the starter reads it in the log
     agent.closed.wait()
     _remove_runtime_files(fields["socket_path"])
 

@@ -24,7 +24,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lightning_gemini.callbacks.data_position import exactness_warning, make_resumable
+from lightning_gemini.callbacks.data_position import EpochState, exactness_warning, make_resumable
 from lightning_gemini.callbacks.random_state import RandomState
 from lightning_gemini.errors import RestoreError
 from tests.callbacks.loader_runs import (
@@ -233,7 +233,7 @@ def test_loaders_read_in_turns(mode: Any, in_flight: int, workers: int) -> None:
             DataLoader(Drawing(length, not workers), 1, shuffle=True, num_workers=workers) for length in (3, 7)
         ]
         if resumable:
-            loaders = [make_resumable(loader, lambda: in_flight, lambda: False) for loader in loaders]
+            loaders = [make_resumable(loader, lambda: in_flight, lambda: EpochState.RUNNING) for loader in loaders]
         return CombinedLoader(loaders, mode)
 
     def read(batches: Iterator[Any], count: int) -> list[Any]:
@@ -273,11 +273,11 @@ def test_an_epoch_that_its_consumer_cuts_short() -> None:
     seed_process(1)
     expected = read(make(), 3)
     seed_process(1)
-    loader: Any = make_resumable(make(), lambda: 0, lambda: True)
+    loader: Any = make_resumable(make(), lambda: 0, lambda: EpochState.OVER)
     seen = read(loader, 1)
     state = loader.state_dict()
     seed_process(2)
-    loader = make_resumable(make(), lambda: 0, lambda: True)
+    loader = make_resumable(make(), lambda: 0, lambda: EpochState.OVER)
     loader.load_state_dict(state)
     assert seen + read(loader, 2) == expected
 

@@ -506,7 +506,9 @@ def test_closing_waits_for_a_checkpoint_but_not_for_ever(tmp_path: Path, monkeyp
     buffer.close()
 
 
-def test_every_file_is_on_the_disk_before_anything_refers_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_is_on_the_disk_before_anything_refers_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What a power failure leaves: bytes, then their names, then the directory's name, then ``latest``."""
     write(tmp_path, 1, 30)
     done: list[tuple[str, str]] = []

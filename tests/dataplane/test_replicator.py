@@ -283,9 +283,7 @@ def test_a_peer_that_stays_away_is_reported_once(
     assert [record.message.split(",")[0] for record in caplog.records] == ["cannot replicate to machine 1"]
 
 
-def test_an_unexpected_error_ends_no_thread(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unexpected_error_ends_no_thread(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(replicator_module, "_RETRY_S", 0.01)
     broken = True
     with Machine(1) as holder, Machine(0) as sender:

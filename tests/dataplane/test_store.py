@@ -270,5 +270,3 @@ def test_one_writer_at_a_time_for_each_owner(store: ShardStore) -> None:
     with store.writer(1):
         assert not store.wait_for_writers(0.05)
     assert store.wait_for_writers(0.05)
-
-

@@ -154,9 +154,7 @@ def test_one_connection_carries_many_versions(transport: ReplicaTransport, holde
     assert complete_ids(holder.store.slab(OWNER)) == [VersionId(1, 7), VersionId(1, 6)]
 
 
-def test_what_the_peer_has_is_not_sent_again(
-    transport: ReplicaTransport, holder: Machine, buffers: Buffers
-) -> None:
+def test_what_the_peer_has_is_not_sent_again(transport: ReplicaTransport, holder: Machine, buffers: Buffers) -> None:
     write_version(buffers[0], NEW, SIZE)
     assert transport.push(buffers[0], NEW, always)
     write_version(buffers[1], NEW, SIZE, until_byte=0)  # not a chunk of it could be sent
@@ -421,9 +419,7 @@ def test_a_version_that_the_peer_has_not_is_refused(
     assert transport.fetch(OWNER, NEW, owner.retrieval(OWNER, NEW)) == SIZE
 
 
-def test_an_unfinished_version_is_not_given_out(
-    transport: ReplicaTransport, holder: Machine, owner: Machine
-) -> None:
+def test_an_unfinished_version_is_not_given_out(transport: ReplicaTransport, holder: Machine, owner: Machine) -> None:
     hold(holder, OLD)
     holder.store.replica_target(OWNER, NEW, SIZE, 1)
     with pytest.raises(OSError, match="does not hold"):

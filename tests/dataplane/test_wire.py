@@ -85,7 +85,9 @@ def test_two_agents_of_a_job_know_each_other(open_door: Callable[..., Door]) -> 
 
 
 @pytest.mark.parametrize(("job", "secret"), [(JOB, b"guessed"), ("another", SECRET), ("another", b"guessed")])
-def test_a_wrong_secret_or_job_is_refused_by_both_sides(open_door: Callable[..., Door], job: str, secret: bytes) -> None:
+def test_a_wrong_secret_or_job_is_refused_by_both_sides(
+    open_door: Callable[..., Door], job: str, secret: bytes
+) -> None:
     door = open_door()
     with pytest.raises(AuthenticationError):
         wire.connect(door.address, job, secret, 0, timeout_s=5.0)

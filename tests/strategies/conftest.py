@@ -44,9 +44,7 @@ def make_job(forks: Forks, runtime: Path, tmp_path: Path) -> Iterator[Callable[.
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    forks: Forks, runtime: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Outcome]:
+def undisturbed(forks: Forks, runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcome]:
     """The outcome of a run that nobody disturbs, without checkpoints; the same options run once only."""
     known: dict[str, Outcome] = {}
 

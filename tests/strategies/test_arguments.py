@@ -22,7 +22,12 @@ def zero(strategy: DeepSpeedStrategy) -> dict[str, Any]:
 
 
 def test_arguments_by_name_give_the_same_configuration() -> None:
-    arguments: dict[str, Any] = {"stage": 1, "allgather_bucket_size": 1234, "overlap_comm": False, "zero_optimization": True}
+    arguments: dict[str, Any] = {
+        "stage": 1,
+        "allgather_bucket_size": 1234,
+        "overlap_comm": False,
+        "zero_optimization": True,
+    }
     assert GeminiStrategy(**arguments).config == DeepSpeedStrategy(**arguments).config
 
 

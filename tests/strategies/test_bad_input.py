@@ -50,7 +50,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         },
         "offload to 'cpu' instead",
     ),
-    "persist_dir": ({"strategy": {"stage": 2, "persist_dir": "/proc/version/here"}}, "make it writable or choose another"),
+    "persist_dir": (
+        {"strategy": {"stage": 2, "persist_dir": "/proc/version/here"}},
+        "make it writable or choose another",
+    ),
 }
 
 

@@ -25,7 +25,12 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Place]]] = {
         [end_of(2, batch=4), end_of(5)],  # the third step takes its batches from two epochs
     ),
     "zero2-accumulation-in-the-middle": (
-        {"strategy": "gemini_stage_2", "scheduler": "cosine", "trainer": {"accumulate_grad_batches": 3}, **TWO_MACHINES},
+        {
+            "strategy": "gemini_stage_2",
+            "scheduler": "cosine",
+            "trainer": {"accumulate_grad_batches": 3},
+            **TWO_MACHINES,
+        },
         [{"hook": "on_train_batch_start", "step": 3, "batch": 0, "epoch": 2}],
     ),
     "zero3-accumulation-several-kills": (
@@ -33,7 +38,12 @@ SCENARIOS: dict[str, tuple[dict[str, Any], list[Place]]] = {
         [end_of(2), {"hook": "on_before_zero_grad", "step": 5}, {"hook": "on_train_epoch_end", "epoch": 2}],
     ),
     "zero1-plateau-validation": (
-        {"strategy": "gemini_stage_1", "scheduler": "plateau", "val_batches": 2, "trainer": {"num_sanity_val_steps": 2}},
+        {
+            "strategy": "gemini_stage_1",
+            "scheduler": "plateau",
+            "val_batches": 2,
+            "trainer": {"num_sanity_val_steps": 2},
+        },
         [{"hook": "on_validation_batch_start", "epoch": 1, "batch": 1}],
     ),
     "zero3-plateau-epoch-end": (

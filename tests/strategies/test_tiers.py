@@ -24,7 +24,14 @@ STOP = {"hook": "on_train_batch_end", "step": 9}
 def persisting(directory: Path, stage: int, **more: Any) -> dict[str, Any]:
     """A version a step, each of which also goes to the persistent tier as soon as its predecessor is there."""
     strategy = {"stage": stage, "persist_dir": str(directory / "persist"), "persist_every_s": 0.01, **more}
-    return {"strategy": strategy, "scheduler": "cosine", "body": ["batchnorm", "dropout"], "frozen": True, "pace_s": 0.1, "weights": True}
+    return {
+        "strategy": strategy,
+        "scheduler": "cosine",
+        "body": ["batchnorm", "dropout"],
+        "frozen": True,
+        "pace_s": 0.1,
+        "weights": True,
+    }
 
 
 def saved(directory: Path) -> list[int]:
@@ -81,9 +88,7 @@ def test_the_directory_of_a_finished_job_is_no_beginning(make_job: MakeJob, tmp_
     assert kept[-1] in saved(tmp_path), "a result is not thinned out by the next job"
 
 
-def test_a_damaged_checkpoint_on_disk_is_skipped(
-    make_job: MakeJob, undisturbed: Undisturbed, tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_on_disk_is_skipped(make_job: MakeJob, undisturbed: Undisturbed, tmp_path: Path) -> None:
     options = persisting(tmp_path, 3)
     job = make_job(**options)
     job.run(stop=STOP)

@@ -348,7 +348,9 @@ def main() -> None:
     for function in options.after:
         if function == "fit":
             torch.manual_seed(11)
-            again = lightning_gemini.GeminiStrategy(**options.strategy) if isinstance(options.strategy, dict) else strategy
+            again = (
+                lightning_gemini.GeminiStrategy(**options.strategy) if isinstance(options.strategy, dict) else strategy
+            )
             trainer = pl.Trainer(strategy=again, callbacks=callbacks(options), **settings)
             trainer.fit(Classifier(options))
         else:

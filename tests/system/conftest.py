@@ -38,7 +38,7 @@ class Training(Run):
             **options,
         )
         self.directory = directory
-        self.ports: set[int] = set()
+        self.ports: set[tuple[int, int]] = set()
 
     def step(self) -> int:
         """Optimizer steps that every rank has completed."""
@@ -57,15 +57,15 @@ class Training(Run):
         assert not wait_gone(fault["pids"], 10)
         return fault
 
-    def listening(self) -> set[int]:
-        """TCP ports at which the run's processes listen."""
+    def listening(self) -> set[tuple[int, int]]:
+        """TCP ports at which the run's processes listen, with the process: the port alone may be another's later."""
         found = set()
         for pid in [*self.pids(), self.process.pid]:
             try:
                 connections = psutil.Process(pid).net_connections("tcp")
             except psutil.Error:
                 continue
-            found |= {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+            found |= {(pid, entry.laddr.port) for entry in connections if entry.status == psutil.CONN_LISTEN}
         return found
 
     def hurry(self) -> None:
@@ -80,9 +80,8 @@ class Training(Run):
         self.assert_nothing_left()
         assert not [pid for pid in self.pids() if start_time(pid) is not None]
         assert not list(self.directory.rglob("*.sock"))
-        listening = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
         assert self.ports
-        assert not self.ports & listening
+        assert not self.ports & {(entry.pid, entry.laddr.port) for entry in psutil.net_connections("tcp")}
 
 
 @pytest.fixture

@@ -54,7 +54,6 @@ class CheckpointConfig:
             if value not in known:
                 raise ConfigurationError(f"{name} must be one of {', '.join(known)}, got {value!r}")
 
-
     def replicas_for(self, machines: int) -> int:
         """The number of copies on a job of that many machines.
 

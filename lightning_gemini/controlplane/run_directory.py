@@ -102,7 +102,11 @@ class RunDirectory:
             self.lock = -1
 
     def _set_aside(self) -> None:
-        old = [self.path / name for name in (JOB_FILE, EVENTS_FILE, "logs", "stats", "steps") if (self.path / name).exists()]
+        old = [
+            self.path / name
+            for name in (JOB_FILE, EVENTS_FILE, "logs", "stats", "steps")
+            if (self.path / name).exists()
+        ]
         if old:
             place = self.path / "earlier" / time.strftime("%Y%m%d-%H%M%S")
             while place.exists():

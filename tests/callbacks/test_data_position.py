@@ -25,7 +25,7 @@ from torch.utils.data import (
 )
 
 from lightning_gemini.callbacks.data_position import EpochState, exactness_warning, make_resumable
-from lightning_gemini.callbacks.random_state import RandomState
+from lightning_gemini.callbacks.data_position.random_state import RandomState
 from lightning_gemini.errors import RestoreError
 from tests.callbacks.loader_runs import (
     Drawing,
@@ -103,7 +103,8 @@ def test_a_resumed_run_equals_an_undisturbed_one(case: tuple[Any, ...]) -> None:
 def test_with_workers(sampling: str, persistent: bool, step: int, in_flight: int, twice: bool) -> None:
     make = maker(12, sampling, 2, num_workers=2, persistent_workers=persistent, draws=False)
     epochs = 3 if len(make()) < 6 else 2
-    stops = [(step, in_flight), (step + 2, 1)][: 1 + twice]
+    last = epochs * len(make()) - 1
+    stops = [(min(step, last), in_flight), (min(step + 2, last), 1)][: 1 + twice]
     seen, numbers, _ = interrupted(make, epochs, stops)
     assert (seen, numbers) == undisturbed(make, epochs)
 
@@ -304,16 +305,27 @@ def test_states_before_and_after_loading() -> None:
 
 
 def test_more_than_one_batch_in_flight() -> None:
+    """A consumer that fetches the next batch before it trains on this one, from beginning to end."""
+
+    def read(loader: Any, first: int, last: int) -> list[Any]:
+        batches, seen, ahead = iter(loader), [], list[Any]()
+        for step in range(first, last):
+            while len(ahead) < min(2, 5 - step):
+                ahead.append(next(batches))
+            seen.append((ahead.pop(0).tolist(), next_numbers()))
+        return seen
+
     make = maker(10, "shuffled", 2)
-    expected, _ = undisturbed(make, 2)
     seed_process(1)
-    training = resumable_training(make, 0).run_to(3)
-    training.fetch(), training.fetch()
-    state = training.loader.state_dict()
-    again = resumable_training(make, 3)
-    again.resume(state)
-    again.run_to(10)
-    assert again.seen == expected[3:]
+    expected = read(make(), 0, 5)
+    seed_process(1)
+    loader: Any = make_resumable(make(), lambda: 2)
+    read(loader, 0, 3)  # batches 2 and 3 are fetched, and 2 is not quite done
+    state = loader.state_dict()
+    seed_process(2)
+    loader = make_resumable(make(), lambda: 2)
+    loader.load_state_dict(state)
+    assert read(loader, 2, 5) == expected[2:]
 
 
 def test_another_iterator_in_between_does_not_confuse() -> None:

@@ -1,4 +1,4 @@
-"""The machine's agent: serves workers, keeps their memory, replicates, retrieves, and survives whatever is asked of it."""
+"""The machine's agent: keeps its workers' memory, replicates, retrieves, and survives whatever it is asked."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_sockets_are_for_this_user_alone(alone: MachineAgent) -> None:
     assert alone.settings.socket_path.stat().st_mode & 0o777 == 0o600
 
 
-# -- requests that are not as they should be ------------------------------------------------------------------------------
+# -- requests that are not as they should be ---------------------------------------------------------------------------
 
 HELLO = {"request": "hello", "job": JOB, "version": __version__, "pid": 1}
 
@@ -261,7 +261,7 @@ def test_descriptors_that_nobody_asked_for_are_closed(alone: MachineAgent, raw: 
 
 
 def test_an_error_to_a_notice_is_not_taken_for_the_next_answer(alone: MachineAgent, raw: socket.socket) -> None:
-    alone._replicator.notify = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+    alone._replicator.notify = lambda: 1 / 0  # type: ignore[method-assign, assignment]
     send_message(raw, {"request": "notify"})
     send_message(raw, {"request": "status"})
     assert receive_message(raw)[0]["job"] == JOB
@@ -399,7 +399,7 @@ def test_a_rank_that_refuses_to_train_is_passed_on(alone: MachineAgent, worker: 
     assert said == [(1, "the model has other weights")]
 
 
-# -- replication and retrieval -------------------------------------------------------------------------------------------
+# -- replication and retrieval -----------------------------------------------------------------------------------------
 
 
 def test_versions_are_replicated_and_acknowledged(pair: Pair, worker: MakeWorker) -> None:

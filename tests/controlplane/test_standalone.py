@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_gemini.controlplane import agent_client, standalone
+from lightning_gemini.controlplane import agent_client
 from lightning_gemini.controlplane.agent_client import AgentClient
 from lightning_gemini.controlplane.control_socket import is_served
 from lightning_gemini.controlplane.standalone import find_or_start, job_id, runtime_dir, socket_path
@@ -94,7 +94,7 @@ def join(client: AgentClient, rank: int = 0) -> None:
     client.join(rank, 1, "mixed")
 
 
-# -- finding and starting ------------------------------------------------------------------------------------------------
+# -- finding and starting ----------------------------------------------------------------------------------------------
 
 
 def test_the_first_starts_the_agent_and_the_next_finds_it(find: Find) -> None:
@@ -163,7 +163,7 @@ def test_an_agent_that_cannot_start_says_why() -> None:
         find_or_start(JOB, 0, "192.0.2.1", 60.0)
 
 
-# -- one agent a socket --------------------------------------------------------------------------------------------------
+# -- one agent a socket ------------------------------------------------------------------------------------------------
 
 
 def test_a_second_agent_on_a_socket_is_refused(find: Find, start_raw: StartRaw) -> None:
@@ -302,7 +302,7 @@ def test_two_signals_at_once_end_it_as_one(find: Find, runtime: Path) -> None:
     assert_gone(process, runtime)
 
 
-# -- names and places ----------------------------------------------------------------------------------------------------
+# -- names and places --------------------------------------------------------------------------------------------------
 
 
 def test_the_same_command_in_the_same_directory_is_the_same_job() -> None:
@@ -342,7 +342,7 @@ def test_a_runtime_directory_that_leads_elsewhere_is_refused(monkeypatch: pytest
 
 
 def test_a_runtime_directory_of_somebody_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standalone.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
     mine = Path(os.environ["TMPDIR"]) / "lightning-gemini-12345"
     mine.mkdir()  # by this user
     with pytest.raises(AgentError, match="belongs to another user; set TMPDIR"):

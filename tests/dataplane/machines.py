@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from types import TracebackType
+from typing import TypeVar
 
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.slab import Buffer, Slab
@@ -14,6 +15,7 @@ from lightning_gemini.dataplane.transport.tcp import ReplicaServer
 
 JOB = "a-job"
 SECRET = b"known to agents alone"
+Self = TypeVar("Self", bound="Machine")
 
 
 def shard_bytes(owner: int, version: VersionId, size: int) -> bytes:
@@ -64,7 +66,7 @@ class Machine:
         self.store.wait_for_writers(10.0)
         self.store.clear()
 
-    def __enter__(self) -> Machine:
+    def __enter__(self: Self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -107,7 +107,7 @@ def assert_loads(path: Path, step: int) -> None:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_OTHERS_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(module, "_OTHERS_TIMEOUT_S", 0.15)
     monkeypatch.setattr(module, "_POLL_S", 0.005)
 
 
@@ -223,15 +223,15 @@ def watch(count: Callable[[object], None]) -> None:
         count(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
-    os.fsync = counted_fsync
+    os.fsync = counted_fsync  # type: ignore[assignment]
 
 
 def assert_consistent(directory: Path, step: int) -> None:
     """After an attempt at ``step`` over 10 and 20: ``latest`` loads, and so does the one before it."""
     named = latest(directory)
     assert named in ("global_step20", f"global_step{step}")
-    found = dict((path.name, at) for at, path in checkpoints(directory))
-    assert list(found)[0] == named
+    found = {path.name: at for at, path in checkpoints(directory)}
+    assert next(iter(found)) == named
     for name in {named, "global_step20"}:
         assert_loads(directory / name, found[name])
 
@@ -244,8 +244,8 @@ def before(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def attempts(before: Path, tmp_path: Path) -> Iterator[Path]:
-    """A fresh copy of the directory before each point."""
+def attempts(before: Path, tmp_path: Path) -> Attempts:
+    """Makes a fresh copy of the directory for each point."""
 
     def make() -> Iterator[Path]:
         for point in range(MOST_POINTS):
@@ -255,10 +255,10 @@ def attempts(before: Path, tmp_path: Path) -> Iterator[Path]:
             shutil.rmtree(directory)
         raise AssertionError("the attempt never came to its end")
 
-    return make()  # type: ignore[return-value]
+    return make
 
 
-Attempts = Iterator[Path]
+Attempts = Callable[[], Iterator[Path]]
 
 
 @pytest.mark.parametrize("rank", range(WORLD))
@@ -271,7 +271,7 @@ def test_a_crash_between_any_two_file_operations_leaves_two_checkpoints(attempts
         return ALL_DONE
 
     crashes = 0
-    for point, directory in enumerate(attempts):
+    for point, directory in enumerate(attempts()):
         if rank == 0:
             write(directory, 1, 30)
         outcome = in_child(lambda point=point, directory=directory: attempt(directory, point))  # type: ignore[misc]
@@ -327,7 +327,7 @@ def test_an_error_at_any_file_operation_leaves_two_checkpoints_and_training_goes
         return RAISED
 
     errors = 0
-    for point, directory in enumerate(attempts):
+    for point, directory in enumerate(attempts()):
         write(directory, 1, 30)
         outcome = in_child(lambda point=point, directory=directory: attempt(directory, point))  # type: ignore[misc]
         if outcome == ALL_DONE:
@@ -350,7 +350,7 @@ def test_a_full_disk_gives_back_what_the_attempt_took(before: Path, monkeypatch:
     assert not list(before.glob(".global_step30*"))
 
 
-# -- ranks that do not come ----------------------------------------------------------------------------------------------
+# -- ranks that do not come --------------------------------------------------------------------------------------------
 
 
 def test_a_rank_that_writes_nothing_is_named_and_nothing_is_finished(
@@ -384,7 +384,7 @@ def test_files_of_an_earlier_run_are_not_mixed_in(tmp_path: Path) -> None:
     one.close()
 
 
-# -- what cannot be persisted --------------------------------------------------------------------------------------------
+# -- what cannot be persisted ------------------------------------------------------------------------------------------
 
 
 def test_a_version_that_was_overwritten_is_not_persisted(before: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -429,7 +429,7 @@ def test_a_directory_that_cannot_be_written_is_found_before_training(tmp_path: P
     assert list(good.iterdir()) == []
 
 
-# -- reading what is damaged ---------------------------------------------------------------------------------------------
+# -- reading what is damaged -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [rank_file(0), optimizer_file(0), "model_states.pt"])
@@ -462,7 +462,7 @@ def test_a_latest_that_names_nothing_there_does_not_hide_the_rest(before: Path) 
     assert steps_in(before) == [20, 10]
 
 
-# -- finished jobs -------------------------------------------------------------------------------------------------------
+# -- finished jobs -----------------------------------------------------------------------------------------------------
 
 
 def test_a_finished_job_is_not_resumed_by_the_next_one(before: Path) -> None:

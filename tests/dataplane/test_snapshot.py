@@ -121,7 +121,12 @@ def test_chunks_are_sealed_while_the_copy_goes_on(
 ) -> None:
     seen = []
     seal = Buffer.seal
-    monkeypatch.setattr(Buffer, "seal", lambda self, end: (seal(self, end), seen.append(self.chunks_ready))[0])
+
+    def watched_seal(self: Buffer, end_byte: int) -> None:
+        seal(self, end_byte)
+        seen.append(self.chunks_ready)
+
+    monkeypatch.setattr(Buffer, "seal", watched_seal)
     state = [torch.zeros(small_chunks // 4) for _ in range(4)]
     finished(snapshotter.begin(v(1), lay_out(state, None), buffers[0]))
     assert sorted(seen) == seen
@@ -138,7 +143,7 @@ def test_the_calling_thread_goes_on_at_once(snapshotter: Snapshotter, gate: Gate
     assert finished(snapshot).done
 
 
-# -- when training may change the state ----------------------------------------------------------------------------------
+# -- when training may change the state --------------------------------------------------------------------------------
 
 
 def test_training_waits_until_its_state_was_read(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:

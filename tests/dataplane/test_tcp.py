@@ -178,13 +178,13 @@ def test_a_shard_that_no_machine_can_hold_is_refused(holder: Machine, caller: so
 def test_random_bytes_from_an_authenticated_peer_harm_nobody(holder: Machine, seed: int) -> None:
     noise = random.Random(seed)
     for _ in range(25):
-        with wire.connect(holder.server.address, JOB, SECRET, 0, timeout_s=10.0) as sock:
-            with contextlib.suppress(ConnectionError):
-                if noise.random() < 0.5:
-                    begin(sock)
-                for _ in range(noise.randrange(4)):
-                    sock.sendall(noise.choice([chunk(0)[0].pack(), wire._FRAME_MAGIC, b""]))
-                    sock.sendall(noise.randbytes(noise.randrange(2000)))
+        caller = wire.connect(holder.server.address, JOB, SECRET, 0, timeout_s=10.0)
+        with caller, contextlib.suppress(ConnectionError):
+            if noise.random() < 0.5:
+                begin(caller)
+            for _ in range(noise.randrange(4)):
+                caller.sendall(noise.choice([chunk(0)[0].pack(), wire._FRAME_MAGIC, b""]))
+                caller.sendall(noise.randbytes(noise.randrange(2000)))
     assert_nothing_new(holder)
 
 
@@ -229,7 +229,7 @@ def test_a_closed_server_drops_everybody_and_lets_nobody_in(holder: Machine) -> 
 def test_a_new_secret_counts_for_new_connections() -> None:
     with Machine(1) as machine:
         machine.server.set_secret(b"another")
-        with pytest.raises(OSError, match="closed or silent|does not know"):
+        with pytest.raises(OSError, match=r"closed or silent|does not know"):
             wire.connect(machine.server.address, JOB, SECRET, 0, timeout_s=10.0)
         wire.connect(machine.server.address, JOB, b"another", 0, timeout_s=10.0).close()
 
@@ -239,7 +239,7 @@ def test_an_interface_that_is_not_there_is_an_error() -> None:
         ReplicaServer("192.0.2.1", JOB, SECRET, machine.store).start()
 
 
-# -- the client against servers that answer wrongly -----------------------------------------------------------------------
+# -- the client against servers that answer wrongly --------------------------------------------------------------------
 
 
 class FakeServer:

@@ -171,7 +171,7 @@ def test_a_shard_that_has_grown_is_taken(transport: ReplicaTransport, holder: Ma
         assert content_of(kept) == content
 
 
-# -- push, interrupted: the previous version stays, the torn one never counts --------------------------------------------
+# -- push, interrupted: the previous version stays, the torn one never counts ------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Jobs that a test starts, kills and starts again, each of their processes forked from one that has imported everything."""
+"""Jobs that a test starts, kills and starts again; their processes are forked from one that has imported everything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads a checkpoint directory with DeepSpeed alone, and trains on for a step: ``python plain_deepspeed.py OPTIONS.json``."""
+"""Reads a checkpoint directory with DeepSpeed alone, and trains on for a step; takes ``training.py``'s arguments."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ class Options:
         width: Size of the hidden layer.
         frozen: Freezes the first layer.
         scheduler: ``cosine`` (a step), ``cosine-epoch``, ``plateau`` (an epoch), or nothing.
-        loader: ``shuffled``, ``workers``, ``stateful``, ``stateful-workers`` or ``iterable``.
+        loader: ``shuffled``, ``workers``, ``stateful``, ``stateful-workers``,
+            ``stateful-wrapped`` or ``iterable``.
         batches: Training batches an epoch and rank.
         val_batches: Validation batches; 0: no validation.
         callbacks: ``checkpoint``, ``early-stopping``, by name.
@@ -161,11 +162,17 @@ class Classifier(pl.LightningModule):
         if kind == "iterable" and shuffle:
             return Batches(list(DataLoader(Samples(batches * BATCH), BATCH)))
         if kind.startswith("stateful") and shuffle:
-            from torchdata.stateful_dataloader import StatefulDataLoader
-
-            workers = 2 if kind == "stateful-workers" else 0
-            return StatefulDataLoader(data, batch_size=BATCH, shuffle=shuffle, num_workers=workers)
+            return self.stateful_loader(data, kind)
         return DataLoader(data, BATCH, shuffle=shuffle, num_workers=2 if kind == "workers" and shuffle else 0)
+
+    def stateful_loader(self, data: Samples, kind: str) -> Any:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+        from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
+
+        if kind == "stateful-wrapped":  # Lightning wraps the sampler that the loader makes for itself
+            return StatefulDataLoader(data, batch_size=BATCH, shuffle=True)
+        sampler = StatefulDistributedSampler(data, self.trainer.world_size, self.trainer.global_rank, seed=7)
+        return StatefulDataLoader(data, batch_size=BATCH, sampler=sampler, num_workers=2 if kind.endswith("s") else 0)
 
     def train_dataloader(self) -> Any:
         return self.loader(self.options.batches, shuffle=True)
@@ -329,12 +336,14 @@ def callbacks(options: Options) -> list[Callback]:
     return found
 
 
+def strategy_of(options: Options) -> Any:
+    given = options.strategy
+    return lightning_gemini.GeminiStrategy(**given) if isinstance(given, dict) else given
+
+
 def main() -> None:
     fields = json.loads(Path(sys.argv[1]).read_text())
     options = Options(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
-    strategy: Any = options.strategy
-    if isinstance(strategy, dict):
-        strategy = lightning_gemini.GeminiStrategy(**strategy)
     pl.seed_everything(7)
     settings = {"max_epochs": 3, "accelerator": "cpu", "devices": int(os.environ["LOCAL_WORLD_SIZE"])}
     settings |= {"num_nodes": int(os.environ["GROUP_WORLD_SIZE"]), "logger": False, "enable_progress_bar": False}
@@ -342,16 +351,13 @@ def main() -> None:
     settings |= {"num_sanity_val_steps": 0, "default_root_dir": options.out, **options.trainer}
     if "checkpoint" in options.callbacks:
         settings["enable_checkpointing"] = True
-    trainer = pl.Trainer(strategy=strategy, callbacks=callbacks(options), **settings)
+    trainer = pl.Trainer(strategy=strategy_of(options), callbacks=callbacks(options), **settings)
     model = Classifier(options)
     trainer.fit(model, ckpt_path=options.ckpt_path)
     for function in options.after:
         if function == "fit":
             torch.manual_seed(11)
-            again = (
-                lightning_gemini.GeminiStrategy(**options.strategy) if isinstance(options.strategy, dict) else strategy
-            )
-            trainer = pl.Trainer(strategy=again, callbacks=callbacks(options), **settings)
+            trainer = pl.Trainer(strategy=strategy_of(options), callbacks=callbacks(options), **settings)
             trainer.fit(Classifier(options))
         else:
             (metrics,) = getattr(trainer, function)(model, verbose=False)

@@ -1,19 +1,14 @@
-"""Exact resumption of data loaders in mid-epoch.
-
-Lightning saves the state of loaders that have ``state_dict`` and ``load_state_dict``, and restarts all others at their
-first batch. `make_resumable` gives ordinary map-style loaders these two methods, and corrects those of loaders that
-have them already for the batch that Lightning has fetched but not trained on yet when the state is taken.
-"""
+"""Makes loaders resumable, or says why not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_gemini.callbacks.position_tracker import EpochState, PositionTracker
-from lightning_gemini.callbacks.resumable_loader import (
+from lightning_gemini.callbacks.data_position.position import EpochState
+from lightning_gemini.callbacks.data_position.position_tracker import PositionTracker
+from lightning_gemini.callbacks.data_position.resumable_loader import (
     Resumable,
     StatefulProxy,
     map_style_class,
@@ -21,7 +16,7 @@ from lightning_gemini.callbacks.resumable_loader import (
     swap_class,
 )
 
-__all__ = ["EpochState", "batches_in_flight", "epoch_state", "exactness_warning", "make_resumable"]
+__all__ = ["exactness_warning", "make_resumable"]
 
 
 def make_resumable(
@@ -38,6 +33,8 @@ def make_resumable(
     not loaded again. A state taken when the epoch was over makes the next ``iter`` begin the next epoch. Without
     `epoch_state`, an epoch of known length is over when all its batches have been delivered, unless the iterator has
     reported its end, too: then it stays at its end, where the first fetch stops at once.
+
+    A loader with state of its own is asked for it before every fetch.
 
     What cannot be told from outside, and is not exact: random numbers which a data set draws *inside worker processes*
     (workers start anew from the epoch's base seed, so augmentations after a resume in mid-epoch differ; the samples and
@@ -86,34 +83,6 @@ def exactness_warning(loader: object) -> str | None:
             " the data set state_dict and load_state_dict, or use a map-style data set."
         )
     return None
-
-
-def batches_in_flight(trainer: Any) -> int:
-    """Counts the batches that a trainer's fit loop has fetched but not processed.
-
-    It holds from ``on_train_batch_start`` of one batch to the next fetch. Fetches that Lightning makes in advance to
-    recognise the last batch of a loader without length are counted too.
-    """
-    from lightning.pytorch.loops import fetchers
-
-    fetcher = trainer.fit_loop._data_fetcher
-    if isinstance(fetcher, fetchers._DataLoaderIterDataFetcher):
-        return 0  # training_step(dataloader_iter) fetches for itself
-    current = trainer.fit_loop.epoch_loop.batch_progress.current
-    return max(0, int(current.ready - current.processed)) + len(getattr(fetcher, "batches", ()))
-
-
-def epoch_state(trainer: Any) -> EpochState:
-    """What a trainer's fit loop does next with its loaders when no batch is in flight.
-
-    A run that resumes behind ``on_train_batch_end`` of the last batch trains on what comes from the iterator that it
-    makes at its start; one that resumes later in the end of the epoch looks for a batch, or makes another iterator.
-    """
-    loop = trainer.fit_loop.epoch_loop
-    current = loop.batch_progress.current
-    if not current.processed or not loop._num_ready_batches_reached():
-        return EpochState.RUNNING
-    return EpochState.OVER if current.completed < current.processed else EpochState.ENDING
 
 
 def _has_state(loader: object) -> bool:

@@ -1,4 +1,4 @@
-"""Where the iterators of one loader are, and how to bring a new one to the same place.
+"""Follows the iterators of one loader, and brings a new one to the same place.
 
 The order of an epoch's batches is drawn by the index sampler from random state at two moments: in ``iter(sampler)``
 and, by torch's own samplers, at the first index. The tracker records the random state at both and before every fetch,
@@ -7,108 +7,23 @@ and on resume puts it back at each of these moments, whatever the process has dr
 
 from __future__ import annotations
 
-import enum
+import itertools
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import Any
 
-from lightning_gemini.callbacks.random_state import RandomSource, RandomState
+from lightning_gemini.callbacks.data_position.position import EpochState, Origin, Position
+from lightning_gemini.callbacks.data_position.random_state import RandomSource, RandomState
 
-__all__ = [
-    "CountedBatches",
-    "Cursor",
-    "EpochState",
-    "Origin",
-    "Position",
-    "PositionTracker",
-    "ReadInner",
-    "TrackedSampler",
-]
+__all__ = ["Cursor", "PositionTracker", "ReadInner", "TrackedSampler", "moments"]
 
 ReadInner = Callable[[], Any]
-
-
-class EpochState(enum.Enum):
-    """What a consumer with nothing in flight does next with a loader.
-
-    Attributes:
-        RUNNING: it goes on with the epoch.
-        OVER: it begins the next epoch, and may take the iterator for that which it makes on resume.
-        ENDING: it begins the next epoch, but on resume it looks for the end of this one first.
-    """
-
-    RUNNING = "running"
-    OVER = "over"
-    ENDING = "ending"
-
-
+moments = itertools.count()
 _REMEMBERED_FETCHES = 4
-
-
-@dataclass(slots=True)
-class Origin:
-    """The random state that an epoch's order came from. None: that moment has not come (yet).
-
-    Attributes:
-        workers: whether worker processes load the batches, so that indices are drawn ahead of the fetches.
-        created: before the loader's own iterator was made, which draws the seed of the workers. None for persistent
-            workers that began another epoch.
-        iterated: before ``iter`` of the index sampler.
-        drawn: before the first index was drawn.
-    """
-
-    workers: bool
-    created: RandomState | None = None
-    iterated: RandomState | None = None
-    drawn: RandomState | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """A place between two batches.
-
-    Attributes:
-        origin: the epoch, filled in while its first batch is fetched.
-        delivered: batches of the epoch before this place.
-        fetch: random state when the next fetch (or the next epoch) begins.
-        epoch: OVER also if none has begun.
-        exhausted: the iterator has reported its end, which may have drawn, too.
-        later: random states when the fetches after that began, for as many as training had not drawn between.
-        inner: the loader's own state here, for a loader with state.
-    """
-
-    origin: Origin
-    delivered: int
-    fetch: RandomState
-    epoch: EpochState = EpochState.RUNNING
-    exhausted: bool = False
-    later: tuple[RandomState, ...] = ()
-    inner: Any = None
-
-    def to_plain(self) -> dict[str, Any]:
-        """The position, without `inner`, in plain values."""
-        origin = self.origin
-        states = {"created": origin.created, "iterated": origin.iterated, "drawn": origin.drawn, "fetch": self.fetch}
-        plain = {name: state.to_plain() if state else None for name, state in states.items()}
-        flags = {"workers": origin.workers, "epoch": self.epoch.value, "exhausted": self.exhausted}
-        return {"delivered": self.delivered, **flags, **plain, "later": [state.to_plain() for state in self.later]}
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any], inner: Any = None) -> Position:
-        """The inverse of `to_plain`."""
-        states = {
-            name: plain[name] and RandomState.from_plain(plain[name]) for name in ("created", "iterated", "drawn")
-        }
-        fetch = RandomState.from_plain(plain["fetch"])
-        origin = Origin(plain["workers"], **states)
-        later = tuple(RandomState.from_plain(state) for state in plain["later"])
-        epoch = EpochState(plain["epoch"])
-        return cls(origin, plain["delivered"], fetch, epoch, plain["exhausted"], later, inner)
 
 
 @dataclass(slots=True, eq=False)
@@ -146,18 +61,21 @@ class PositionTracker:
             known length are delivered.
         sources: what the loader draws from beside the process's generators, as of the last ``iter``.
         creating: whether the loader's own iterator is being made.
+        loaded_at: when a position was loaded, in counts of `moments`.
     """
 
     in_flight: Callable[[], int]
     epoch_state: Callable[[], EpochState] | None = None
     sources: tuple[RandomSource, ...] = ()
     creating: bool = False
+    loaded_at: int = 0
     _recent: deque[Position] = field(default_factory=lambda: deque(maxlen=_REMEMBERED_FETCHES))
     _cursor: Cursor | None = None
     _loaded: Position | None = None
     _resumption: _Resumption | None = None
     _later: deque[RandomState] = field(default_factory=deque)
     _workers: bool = False
+    _rewind: RandomState | None = None
     _fetching: bool = False
     _created_in_fetch: bool = False
     _index_iterations: int = 0
@@ -175,6 +93,11 @@ class PositionTracker:
         between = resumption is not None and resumption.position.epoch is not EpochState.RUNNING
         return resumption.position if resumption is not None and between else None
 
+    @property
+    def ending(self) -> bool:
+        """Whether the consumer first looks for the end of the epoch that is over."""
+        return self.next_epoch is not None and self.next_epoch.epoch is EpochState.ENDING
+
     def forget(self) -> None:
         """Forgets all positions; whatever the loader does next is taken as its beginning."""
         self._loaded = self._resumption = self._cursor = None
@@ -184,7 +107,7 @@ class PositionTracker:
     def load(self, position: Position) -> None:
         """Makes the next ``iter`` resume at a position."""
         self.forget()
-        self._loaded = position
+        self._loaded, self.loaded_at = position, next(moments)
 
     def position(self, sources: tuple[RandomSource, ...], length: int | None, read_inner: ReadInner) -> Position:
         """The position before the fetches in flight."""
@@ -213,15 +136,15 @@ class PositionTracker:
         stays = epoch is EpochState.RUNNING
         return Position(cursor.origin, cursor.delivered, now, epoch, stays, inner=cursor.last.inner)
 
-    def begin(self, sources: tuple[RandomSource, ...], workers: bool, length: int | None) -> Cursor:
+    def begin(self, sources: tuple[RandomSource, ...], origin: Origin, length: int | None) -> Cursor:
         """Begins an epoch or goes on with the loaded one. Called before the loader's own iterator is made."""
-        self.sources, self._workers = sources, workers
+        self.sources, self._workers, self._rewind = sources, origin.workers, None
         loaded, resumption = self._loaded, self._resumption
         if loaded is None and resumption is not None:  # given up without a fetch, for the next epoch
             loaded = replace(resumption.position, epoch=EpochState.OVER)
         self._loaded = self._resumption = None
         self._later.clear()
-        self._cursor = Cursor(Origin(workers), length)
+        self._cursor = Cursor(origin, length)
         if loaded is not None:
             if loaded.epoch is EpochState.RUNNING:
                 last = loaded if loaded.exhausted else None
@@ -232,13 +155,12 @@ class PositionTracker:
 
     def begin_late(self) -> None:
         """Begins the epoch behind a loaded position at the first fetch: by then Lightning has set the epoch."""
-        if self.next_epoch is not None:
-            self._restore_sources_between_epochs(self.next_epoch)
+        if (position := self.next_epoch) is not None:
+            position.fetch.restore_sources([source for source in self.sources if not source.set_by_consumer])
+            if position.origin.persistent and self._workers:
+                self._rewind = RandomState.capture(self.sources)
         _awaiting_first_fetch.discard(self)
         self._resumption = None
-
-    def _restore_sources_between_epochs(self, position: Position) -> None:
-        position.fetch.restore_sources([source for source in self.sources if not source.set_by_consumer])
 
     @contextmanager
     def creation(self) -> Iterator[None]:
@@ -261,13 +183,16 @@ class PositionTracker:
         """``iter(sampler)`` that records where its order comes from or, on resume, puts that back and skips."""
         assert self._cursor is not None
         origin = self._cursor.origin
-        if self.resuming is None:
-            origin.iterated = RandomState.capture(self.sources)
-            return self._record(iter(sampler), origin)
         self._index_iterations += 1
         # With workers, torch calls iter() once in vain, draws the workers' seed, and calls it again: the first call has
         # to take its natural way for the seed to be the same.
         in_vain = self._workers and self._index_iterations == 1
+        if self.resuming is None:
+            if self._rewind is not None and not in_vain:  # workers that live on would not have drawn a seed
+                self._rewind.restore(self.sources)
+                self._rewind = None
+            origin.iterated = RandomState.capture(self.sources)
+            return self._record(iter(sampler), origin)
         if origin.iterated is not None and not in_vain:
             origin.iterated.restore(self.sources)
         return self._skip(iter(sampler), self.resuming)
@@ -283,9 +208,9 @@ class PositionTracker:
         elif not self._fetching:  # saved before the first fetch, which would have drawn
             position.fetch.restore(self.sources)
         origin.drawn = RandomState.capture(self.sources)
-        deque(islice(indices, None if position.exhausted else position.delivered), maxlen=0)
+        deque(itertools.islice(indices, None if position.exhausted else position.delivered), maxlen=0)
         if origin.workers:  # the next index had been drawn before the fetch began, too
-            ahead.extend(islice(indices, 1))
+            ahead.extend(itertools.islice(indices, 1))
         if self._fetching and (position.delivered or not self._created_in_fetch):
             self._restore_fetch()
         if self._resumption is not None:
@@ -361,69 +286,3 @@ class TrackedSampler:
 
     def __len__(self) -> int:
         return len(self._sampler)
-
-
-class CountedBatches(Iterator[Any]):
-    """A loader's own iterator, with every fetch reported to the tracker; all else is the iterator's."""
-
-    def __init__(
-        self, iterate: Callable[[], Any], tracker: PositionTracker, cursor: Cursor, read_inner: ReadInner
-    ) -> None:
-        self._tracker, self._cursor, self._iterate, self._read_inner = tracker, cursor, iterate, read_inner
-        self._batches: Any = None
-        if tracker.next_epoch is not None:
-            _awaiting_epoch[id(tracker)] = self  # in place of one that was given up
-        else:
-            self._batches = iterate()
-
-    def __next__(self) -> Any:
-        tracker, cursor = self._tracker, self._cursor
-        if self._batches is None:
-            self._batches = self._begin_epochs()
-        position = tracker.begin_fetch(cursor, self._inner)
-        done: Position | None = None
-        try:
-            batch = next(self._batches)
-            cursor.delivered += 1
-            done = position
-        except StopIteration:
-            cursor.last = cursor.last or position
-            if cursor.length is not None:  # else Lightning looked ahead for the end, which is no fetch to repeat
-                done = position
-            raise
-        finally:
-            tracker.end_fetch(done)
-        return batch
-
-    def _begin_epochs(self) -> Any:
-        # Loaders of a trainer begin their epochs one after the other, before the first fetch from any; or all are asked
-        # for the end of the last one.
-        start = self._tracker.next_epoch
-        assert start is not None
-        together = [batches for batches in _awaiting_epoch.values() if batches._awaits_same(start)]
-        if any(batches._tracker.next_epoch.epoch is EpochState.ENDING for batches in together):
-            raise StopIteration
-        start.fetch.restore_process()
-        for batches in together:
-            del _awaiting_epoch[id(batches._tracker)]
-            batches._tracker.begin_late()
-            batches._batches = batches._iterate()
-        return self._batches
-
-    def _awaits_same(self, start: Position) -> bool:
-        mine = self._tracker.next_epoch
-        return mine is not None and (mine is start or mine.fetch.same_process_state(start.fetch))
-
-    def _inner(self) -> Any:
-        return self._read_inner() if self._cursor.last is None else self._cursor.last.inner
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_batches":
-            raise AttributeError(name)
-        return getattr(self._batches, name)
-
-
-_awaiting_epoch: weakref.WeakValueDictionary[int, CountedBatches] = weakref.WeakValueDictionary()

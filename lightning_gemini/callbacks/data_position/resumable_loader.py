@@ -16,15 +16,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_gemini.callbacks.position_tracker import (
-    CountedBatches,
-    Origin,
-    Position,
-    PositionTracker,
-    ReadInner,
-    TrackedSampler,
-)
-from lightning_gemini.callbacks.random_state import RandomState, find_random_sources
+from lightning_gemini.callbacks.data_position.counted_batches import CountedBatches
+from lightning_gemini.callbacks.data_position.position import Origin, Position
+from lightning_gemini.callbacks.data_position.position_tracker import PositionTracker, ReadInner, TrackedSampler
+from lightning_gemini.callbacks.data_position.random_state import RandomState, find_random_sources
 from lightning_gemini.errors import RestoreError
 
 __all__ = ["Resumable", "StatefulProxy", "map_style_class", "stateful_class", "swap_class"]
@@ -64,7 +59,7 @@ def map_style_class(ordinary: Any) -> type:
         _gemini_ordinary_class = ordinary
 
         def __iter__(self) -> Any:
-            cursor = self._gemini_tracker.begin(find_random_sources(self), self.num_workers > 0, _length(self))
+            cursor = self._gemini_tracker.begin(find_random_sources(self), _new_origin(self), _length(self))
             return CountedBatches(super().__iter__, self._gemini_tracker, cursor, _nothing)
 
         def _get_iterator(self) -> Any:
@@ -177,6 +172,11 @@ def _map_style_position(name: str, length: int | None, state: dict[str, Any]) ->
     return Position.from_plain(plain)
 
 
+def _new_origin(loader: Any) -> Origin:
+    workers = getattr(loader, "num_workers", 0) > 0
+    return Origin(workers, workers and getattr(loader, "persistent_workers", False))
+
+
 def _length(loader: Any) -> int | None:
     try:
         return len(loader)
@@ -191,8 +191,8 @@ def _nothing() -> None:
 def _iterate_stateful(
     loader: Any, tracker: PositionTracker, iterate: Callable[[], Any], read: ReadInner
 ) -> CountedBatches:
-    sources, workers = find_random_sources(loader), getattr(loader, "num_workers", 0) > 0
-    cursor, read = tracker.begin(sources, workers, _length(loader)), _copying(read)
+    sources, origin = find_random_sources(loader), _new_origin(loader)
+    cursor, read = tracker.begin(sources, origin, _length(loader)), _copying(read)
     left = tracker.next_epoch
 
     def make() -> Any:
@@ -208,7 +208,7 @@ def _iterate_stateful(
                 0  # torchdata's distributed sampler tells the last epoch's count until its first index
             )
         cursor.origin.iterated = RandomState.capture(sources)
-        if not (workers and getattr(loader, "persistent_workers", False) and loader._iterator is not None):
+        if not origin.persistent or loader._iterator is None:
             cursor.origin.created = cursor.origin.iterated
         return iterate()
 

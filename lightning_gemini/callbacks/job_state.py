@@ -17,6 +17,7 @@ from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.controlplane import standalone
 from lightning_gemini.controlplane.events import EventLog, append_line
+from lightning_gemini.controlplane.refusal import report_refusal
 from lightning_gemini.core.recovery import Tier, VersionId
 from lightning_gemini.dataplane import persister, shard
 from lightning_gemini.dataplane.persister import Persister
@@ -88,7 +89,7 @@ class JobState:
             if self.found is not None:
                 self._require_fit(self.found)
         except GeminiError as error:
-            self._tell_agent(error)
+            report_refusal(error)  # here too: Hydra turns exceptions into SystemExit
             raise
         if self.found is not None and self.found.volatile["fit"] != self.fit:
             if self.identity.global_rank == 0:
@@ -180,13 +181,6 @@ class JobState:
         version = int(volatile["counters"]["global_steps"])
         return RestoredShard(version, None, Tier.PERSISTENT, stable, volatile, time.monotonic() - began)
 
-    def _tell_agent(self, error: GeminiError) -> None:
-        try:
-            if self.memory.launched:
-                self.memory.client.fatal(str(error))
-        except (GeminiError, AssertionError):
-            log.debug("the agent could not be told", exc_info=True)
-
     # -- publish -----------------------------------------------------------------------------------------------------
 
     def open(self, lightning_state: dict[str, Any]) -> VersionPublisher:
@@ -198,7 +192,7 @@ class JobState:
         try:
             slab = self.memory.attach(self._expected_bytes(lightning_state))
         except GeminiError as error:
-            self._tell_agent(error)
+            report_refusal(error)  # here too: Hydra turns exceptions into SystemExit
             raise
         self._snapshotter = Snapshotter(self.memory.client.notify, self._device)
         self._snapshotter.start()

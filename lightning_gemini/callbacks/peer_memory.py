@@ -25,7 +25,7 @@ from lightning_gemini.core.recovery import (
 )
 from lightning_gemini.dataplane import shard
 from lightning_gemini.dataplane.slab import Slab
-from lightning_gemini.errors import GeminiError, IntegrityError, LayoutMismatchError
+from lightning_gemini.errors import GeminiError, IntegrityError
 
 log = logging.getLogger(__name__)
 
@@ -227,15 +227,3 @@ class PeerMemory:
             if self.identity.local_rank == 0:
                 client.stop()
         client.close()
-
-
-def fatal(error: GeminiError, memory: PeerMemory | None) -> None:
-    """Tell the agent that this rank refuses to train, so that nobody restarts it in vain."""
-    if memory is not None and memory.launched and memory._client is not None:
-        try:
-            memory.client.fatal(str(error))
-        except GeminiError:
-            log.debug("the agent could not be told", exc_info=True)
-
-
-__all__ = ["LayoutMismatchError", "PeerMemory", "RestoredShard", "fatal"]

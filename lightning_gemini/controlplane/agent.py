@@ -319,9 +319,9 @@ class MachineAgent:
         self._replicator.notify()
         return {}, ()
 
-    def _on_fatal(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
+    def _on_fatal(self, _: WorkerSession, request: dict[str, Any]) -> Reply:
         if self.on_fatal is not None:
-            self.on_fatal(session.rank if session.rank is not None else -1, str(request["message"]))
+            self.on_fatal(int(request["rank"]), str(request["message"]))
         return {}, ()
 
     def _on_status(self, *_: Any) -> Reply:

@@ -120,9 +120,9 @@ class AgentClient:
             except OSError as error:
                 raise AgentError(f"the agent at {self.socket_path} went away ({error.strerror})") from error
 
-    def fatal(self, message: str) -> None:
+    def fatal(self, rank: int, message: str) -> None:
         """This rank refuses to train; a restart cannot help."""
-        self._request("fatal", message=message)
+        self._request("fatal", rank=rank, message=message)
 
     def _request(self, request: str, **fields: Any) -> dict[str, Any]:
         return self._exchange({"request": request, **fields})[0]

@@ -35,6 +35,7 @@ DEFAULT_PRELOAD = (
     "torch",
     "lightning.pytorch",
     "deepspeed",
+    "omegaconf",  # Lightning imports it for every checkpoint dictionary
     "deepspeed.runtime.zero.muon.muon_optimizer",  # deepspeed.initialize imports it: seconds, for torch's compiler
     "lightning_gemini.strategies.gemini",
     "lightning_gemini.callbacks.gemini_checkpoint",

@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable
 
 from lightning_gemini.controlplane.logs import setup_worker_logging
+from lightning_gemini.controlplane.refusal import report_refusal
 
 
 def run_script(argv: list[str]) -> None:
@@ -42,8 +43,9 @@ def exit_code_of(run: Callable[[], None]) -> int:
             return (leave.code or 0) & 0xFF
         sys.stderr.write(f"{leave.code}\n")
         return 1
-    except BaseException:
+    except BaseException as error:
         sys.excepthook(*sys.exc_info())
+        report_refusal(error)
         return 1
     return 0
 

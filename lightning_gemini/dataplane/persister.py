@@ -33,6 +33,7 @@ FINISHED = "gemini_finished"
 _TAG = re.compile(r"global_step(\d+)(?:\.(\d+))?$")
 _OTHERS_TIMEOUT_S = 600.0
 _POLL_S = 0.05
+_PREVIOUS_TIMEOUT_S = 1.0
 
 FilesOf = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
@@ -68,6 +69,8 @@ class Persister:
 
     def start(self, buffer: Buffer, version: VersionId) -> None:
         """Write ``version`` in the background; problems are logged, training goes on."""
+        if self._thread is not None:
+            self._thread.join(_PREVIOUS_TIMEOUT_S)  # rank 0 saw its files, so it is about to end
         if not self.busy:
             self._thread = threading.Thread(
                 target=self._run, args=(buffer, version), name="gemini-persist", daemon=True

@@ -395,7 +395,7 @@ def test_the_status_tells_all(alone: MachineAgent, worker: MakeWorker) -> None:
 def test_a_rank_that_refuses_to_train_is_passed_on(alone: MachineAgent, worker: MakeWorker) -> None:
     said: list[tuple[int, str]] = []
     alone.on_fatal = lambda rank, message: said.append((rank, message))
-    worker(alone, 1, replicas=1).client.fatal("the model has other weights")
+    worker(alone, 1, replicas=1).client.fatal(1, "the model has other weights")
     assert said == [(1, "the model has other weights")]
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_gemini.callbacks.data_position import set_aside_positions
 from lightning_gemini.callbacks.peer_memory import PeerMemory, RestoredShard
 from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity
@@ -280,7 +281,7 @@ def _default_directory(root_dir: str) -> Path:
 
 
 def _deepspeed_files(stable: dict[str, Any], volatile: dict[str, Any]) -> dict[str, Any]:
-    return ZeroState.files(stable, volatile, volatile["lightning"])
+    return ZeroState.files(stable, volatile, set_aside_positions(volatile["lightning"]))
 
 
 def _recovery_scripts() -> tuple[Path, ...]:

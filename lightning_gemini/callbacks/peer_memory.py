@@ -87,40 +87,42 @@ class PeerMemory:
             AgentError: The agent is missing, of another job or of another version.
             LayoutMismatchError: Memory holds a job of another shape.
         """
-        self._together(self._connect_agent)
-        self._together(self._introduce_agents)
+        if self.launched:  # the root has introduced the agents to each other
+            self._together(self._connect_launched)
+        else:
+            self._connect_standalone()
         self._together(self._join)
 
-    def _connect_agent(self) -> None:
-        if self.launched:
-            self._client = AgentClient(Path(os.environ[AGENT_VARIABLE]), os.environ["LIGHTNING_GEMINI_JOB"])
-            self.generation = int(os.environ[GENERATION_VARIABLE])
-            return
-        job = self._group.from_first(standalone.job_id(sys.argv, os.getcwd()))
-        if self.identity.local_rank == 0:
-            host = bind_host(self.identity.machines)
-            self._client = standalone.find_or_start(job, self.identity.machine, host, self._config.idle_timeout_s)
-        self._group.barrier()
-        if self._client is None:
-            self._client = AgentClient(standalone.socket_path(job, self.identity.machine), job)
+    def _connect_launched(self) -> None:
+        self._client = AgentClient(Path(os.environ[AGENT_VARIABLE]), os.environ["LIGHTNING_GEMINI_JOB"])
+        self.generation = int(os.environ[GENERATION_VARIABLE])
 
-    def _introduce_agents(self) -> None:
-        if self.launched:  # the root has done it
-            return
+    def _connect_standalone(self) -> None:
+        job = self._group.from_first(standalone.job_id(sys.argv, os.getcwd()))
+        first = self.identity.local_rank == 0
+        self._together(lambda: self._start_agent(job) if first else None)
+        self._together(lambda: None if first else self._find_agent(job))
         agents = self._group.gather(self.client.identity)
         self.generation = 1 + max(agent["generation"] for agent in agents)
-        if self.identity.local_rank == 0:
-            self.client.share_secret(agents[0]["secret"])
-            firsts = agents[:: self.identity.nproc_per_machine]
-            addresses = [(agent["address"][0], agent["address"][1]) for agent in firsts]
-            self.client.set_peers(self.generation, self.identity.nproc_per_machine, addresses)
-        self._group.barrier()
+        self._together(lambda: self._introduce(agents) if first else None)
+
+    def _start_agent(self, job: str) -> None:
+        host = bind_host(self.identity.machines)
+        self._client = standalone.find_or_start(job, self.identity.machine, host, self._config.idle_timeout_s)
+
+    def _find_agent(self, job: str) -> None:
+        self._client = AgentClient(standalone.socket_path(job, self.identity.machine), job)
+
+    def _introduce(self, agents: list[dict[str, Any]]) -> None:
+        self.client.share_secret(agents[0]["secret"])
+        addresses = [tuple(agent["address"]) for agent in agents[:: self.identity.nproc_per_machine]]
+        self.client.set_peers(self.generation, self.identity.nproc_per_machine, addresses)
 
     def _join(self) -> None:
         self.client.join(self.identity.global_rank, self.replicas, self._config.placement)
 
     def _together(self, action: Any) -> None:
-        """Do something on every rank; where it fails on one, fail on all, before anybody waits for the other."""
+        """Do something local on every rank; where it fails on one, fail on all, before anybody waits for the other."""
         error: GeminiError | None = None
         try:
             action()
@@ -226,4 +228,6 @@ class PeerMemory:
             self._group.barrier()
             if self.identity.local_rank == 0:
                 client.stop()
+                standalone.wait_gone(client.identity["pid"])
+            self._group.barrier()  # whoever fits again must not meet the agent that is leaving
         client.close()

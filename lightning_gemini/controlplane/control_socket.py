@@ -115,6 +115,7 @@ class ControlSocket:
         try:
             request, descriptors = receive_message(sock)
         except ProtocolError as error:  # nobody knows where the next message would begin
+            log.warning("refused a connection to the control socket: %s", error)
             send_message(sock, _refusal(error))
             return False
         for descriptor in descriptors:  # nothing asks for them

@@ -25,6 +25,7 @@ from lightning_gemini.controlplane.control_socket import is_served
 from lightning_gemini.errors import AgentError, ConfigurationError, GeminiError
 
 START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 5.0
 _SOCKET_PATH_BYTES = 107  # sun_path, without the zero at its end
 _JOB_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
@@ -87,6 +88,19 @@ def find_or_start(job: str, machine: int, bind_host: str, idle_timeout_s: float)
         process.kill()
         process.wait()
     return client
+
+
+def wait_gone(pid: int) -> None:
+    """Wait for an agent that was told to stop, also as its parent; for a bounded time."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.005)
 
 
 def _spawn(job: str, machine: int, path: Path, bind_host: str, idle_timeout_s: float) -> subprocess.Popen[bytes]:

@@ -82,7 +82,7 @@ class Terminal:
         if path.exists():
             self.say(f"last lines of rank {first['rank']} ({path}):")
             lines = path.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
-            sys.stderr.write("".join(f"    {line}\n" for line in lines))
+            sys.stderr.write("".join(f"    {line}\n" for line in lines or ["(no output)"]))
             sys.stderr.flush()
 
     def _show(self, event: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ FINISHED = "gemini_finished"
 _TAG = re.compile(r"global_step(\d+)(?:\.(\d+))?$")
 _OTHERS_TIMEOUT_S = 600.0
 _POLL_S = 0.05
-_PREVIOUS_TIMEOUT_S = 1.0
 
 FilesOf = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
@@ -61,6 +60,7 @@ class Persister:
         self._rank, self._world_size, self._files_of, self._scripts = rank, world_size, files_of, scripts
         self._thread: threading.Thread | None = None
         self.last: int | None = None
+        self.failures = 0
 
     @property
     def busy(self) -> bool:
@@ -69,8 +69,6 @@ class Persister:
 
     def start(self, buffer: Buffer, version: VersionId) -> None:
         """Write ``version`` in the background; problems are logged, training goes on."""
-        if self._thread is not None:
-            self._thread.join(_PREVIOUS_TIMEOUT_S)  # rank 0 saw its files, so it is about to end
         if not self.busy:
             self._thread = threading.Thread(
                 target=self._run, args=(buffer, version), name="gemini-persist", daemon=True
@@ -104,13 +102,16 @@ class Persister:
             if self._rank == 0:
                 log.info("version %d persisted in %.1f s", version.version, time.monotonic() - began)
         except Exception as error:  # whatever it was, training must go on
-            log.warning(
-                "version %d was not persisted to %s (%s); the previous persistent checkpoint stays valid, "
-                "training goes on, the next attempt follows",
-                version.version,
-                self.directory,
-                error,
-            )
+            self.failures += 1
+            if self.failures == 1 or self.failures % 100 == 0:  # once, then counted
+                log.warning(
+                    "version %d was not persisted to %s (%s; failure %d); what is there stays valid, training goes on, "
+                    "the next attempt follows",
+                    version.version,
+                    self.directory,
+                    error,
+                    self.failures,
+                )
 
     def _read(self, buffer: Buffer, version: VersionId) -> tuple[dict[str, Any], dict[str, Any]]:
         """Take a private copy at once: the buffer will be needed again two versions later."""

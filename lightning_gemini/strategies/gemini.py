@@ -14,18 +14,11 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from lightning_gemini.callbacks.data_position import batches_in_flight, exactness_warning, make_resumable
+from lightning_gemini.callbacks import data_position
 from lightning_gemini.callbacks.gemini_checkpoint import GeminiCheckpoint
 from lightning_gemini.callbacks.job_state import JobState
 from lightning_gemini.config import CheckpointConfig
-from lightning_gemini.strategies.devices import (
-    devices_of_machine,
-    identity_of,
-    leave_process_group,
-    machines_of_job,
-    silence_deprecated_collectives,
-    use_cpu_in_deepspeed,
-)
+from lightning_gemini.strategies import devices
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -95,8 +88,8 @@ class GeminiStrategy(DeepSpeedStrategy):
         return super().parallel_devices
 
     @parallel_devices.setter
-    def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        DeepSpeedStrategy.parallel_devices.fset(self, devices_of_machine(devices))  # type: ignore[attr-defined]
+    def parallel_devices(self, chosen: list[torch.device] | None) -> None:
+        DeepSpeedStrategy.parallel_devices.fset(self, devices.devices_of_machine(chosen))  # type: ignore[attr-defined]
 
     @property
     def num_nodes(self) -> int:
@@ -105,7 +98,7 @@ class GeminiStrategy(DeepSpeedStrategy):
 
     @num_nodes.setter
     def num_nodes(self, num_nodes: int) -> None:
-        DeepSpeedStrategy.num_nodes.fset(self, machines_of_job(num_nodes))  # type: ignore[attr-defined]
+        DeepSpeedStrategy.num_nodes.fset(self, devices.machines_of_job(num_nodes))  # type: ignore[attr-defined]
 
     @property
     def root_device(self) -> torch.device:
@@ -121,14 +114,14 @@ class GeminiStrategy(DeepSpeedStrategy):
         if self._on_cuda:
             super().setup_environment()
         else:
-            use_cpu_in_deepspeed()
+            devices.use_cpu_in_deepspeed()
             super(DeepSpeedStrategy, self).setup_environment()  # skips only the check for CUDA
 
     def setup_distributed(self) -> None:
         """Join the other ranks, and leave them in order at exit."""
-        silence_deprecated_collectives()
+        devices.silence_deprecated_collectives()
         super().setup_distributed()
-        atexit.register(leave_process_group)
+        atexit.register(devices.leave_process_group)
 
     # -- memory ------------------------------------------------------------------------------------------------------
 
@@ -137,7 +130,7 @@ class GeminiStrategy(DeepSpeedStrategy):
         super().setup(trainer)
         if trainer.state.fn != TrainerFn.FITTING or not self.checkpoint_config.checkpoint_every:
             return
-        identity = identity_of(self.global_rank, self.local_rank, self.world_size, self.num_processes)
+        identity = devices.identity_of(self.global_rank, self.local_rank, self.world_size, self.num_processes)
         self.job_state = JobState(self.checkpoint_config, self.deepspeed_engine, identity, trainer.default_root_dir)
         checkpoint = self.job_state.find()
         if checkpoint is not None:
@@ -147,14 +140,17 @@ class GeminiStrategy(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Load the user's ``ckpt_path``; it wins over memory, except when this run itself is being carried on."""
         carried_on = self.job_state.yield_to(checkpoint_path) if self.job_state else None
-        return carried_on or super().load_checkpoint(checkpoint_path, *args, **kwargs)
+        return carried_on or data_position.put_back_positions(super().load_checkpoint(checkpoint_path, *args, **kwargs))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Save a checkpoint of the user's so that DeepSpeedStrategy without this package reads it too."""
+        super().save_checkpoint(data_position.set_aside_positions(checkpoint), *args, **kwargs)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the engine's state from the found shard when it is that checkpoint that Lightning restores."""
-        if self.job_state is not None and self.job_state.is_found(checkpoint):
-            self.job_state.restore()
-        else:
-            super().load_model_state_dict(checkpoint, strict=strict)
+        if self.job_state and self.job_state.is_found(checkpoint):
+            return self.job_state.restore()
+        return super().load_model_state_dict(checkpoint, strict=strict)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The module's state; kept for the snapshot that asked for it."""
@@ -171,12 +167,13 @@ class GeminiStrategy(DeepSpeedStrategy):
         """Make training loaders go on exactly where they were."""
         dataloader = super().process_dataloader(dataloader)
         assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        if not trainer.training:
+        if not (trainer := self.lightning_module.trainer).training:
             return dataloader
-        if (warning := exactness_warning(dataloader)) is not None:
+        if warning := data_position.exactness_warning(dataloader):
             rank_zero_warn(warning)
-        return make_resumable(dataloader, lambda: batches_in_flight(trainer))
+        return data_position.make_resumable(
+            dataloader, lambda: data_position.batches_in_flight(trainer), lambda: data_position.epoch_state(trainer)
+        )
 
     def teardown(self) -> None:
         """Let go of the agent."""

@@ -242,6 +242,24 @@ def test_an_interface_that_is_not_there_is_an_error() -> None:
 # -- the client against servers that answer wrongly --------------------------------------------------------------------
 
 
+def test_a_buffer_that_is_overwritten_at_the_last_moment_is_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk may already be of the next version, with a checksum that fits it."""
+    with Machine(0) as owner, monkeypatch.context() as patched:
+        buffer = owner.store.own(OWNER, SIZE).buffers[0]
+        write_version(buffer, OLD, SIZE)
+        sent = []
+
+        def overwriting_send(sock: socket.socket, frame: Frame, payload: memoryview) -> None:
+            sent.append(frame.size)
+            if len(sent) == 3:
+                write_version(buffer, NEW, SIZE)
+
+        patched.setattr(wire, "send", overwriting_send)
+        with socket.socket() as nowhere:
+            assert not tcp.send_chunks(nowhere, buffer, OLD, lambda: True)
+        assert sent == [0, 1, 2]
+
+
 class FakeServer:
     """Authenticates, then plays the frames it was given, whatever it is asked."""
 

@@ -8,5 +8,14 @@ have them already for the batch that Lightning has fetched but not trained on ye
 from lightning_gemini.callbacks.data_position.fit_progress import batches_in_flight, epoch_state
 from lightning_gemini.callbacks.data_position.position import EpochState
 from lightning_gemini.callbacks.data_position.resumable import exactness_warning, make_resumable
+from lightning_gemini.callbacks.data_position.saved_positions import put_back_positions, set_aside_positions
 
-__all__ = ["EpochState", "batches_in_flight", "epoch_state", "exactness_warning", "make_resumable"]
+__all__ = [
+    "EpochState",
+    "batches_in_flight",
+    "epoch_state",
+    "exactness_warning",
+    "make_resumable",
+    "put_back_positions",
+    "set_aside_positions",
+]

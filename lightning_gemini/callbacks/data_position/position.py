@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_gemini.callbacks.data_position.random_state import RandomState
+from lightning_gemini.errors import RestoreError
 
 __all__ = ["EpochState", "Origin", "Position"]
 
@@ -88,7 +89,21 @@ class Position:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any], inner: Any = None) -> Position:
-        """The inverse of `to_plain`."""
+        """The inverse of `to_plain`.
+
+        Raises:
+            RestoreError: another version of this package wrote it.
+        """
+        try:
+            return cls._from_fields(plain, inner)
+        except (KeyError, ValueError, TypeError) as error:
+            raise RestoreError(
+                f"the data position in this checkpoint was written by another version of lightning-gemini ({error!r}): "
+                "resume with that version, or train on from the weights alone"
+            ) from error
+
+    @classmethod
+    def _from_fields(cls, plain: dict[str, Any], inner: Any) -> Position:
         states = {
             name: plain[name] and RandomState.from_plain(plain[name]) for name in ("created", "iterated", "drawn")
         }

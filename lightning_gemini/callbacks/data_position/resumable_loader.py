@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
 from torch.utils.data import DataLoader
 
 from lightning_gemini.callbacks.data_position.counted_batches import CountedBatches
@@ -230,10 +231,38 @@ def _order_drawn_again(loader: Any, origin: Origin, tracker: PositionTracker) ->
     if elsewhere:
         loader.generator = torch.Generator()
     try:
-        yield
+        with _drawn_alike(_sampler_of(loader), origin, tracker):
+            yield
     finally:
         if elsewhere:
             loader.generator = generator
+
+
+def _sampler_of(loader: Any) -> Any:
+    # A loader that was given a batch sampler of its own has a sampler too, which it does not use.
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    return getattr(batch_sampler, "sampler", getattr(loader, "sampler", None))
+
+
+@contextmanager
+def _drawn_alike(sampler: Any, origin: Origin, tracker: PositionTracker) -> Iterator[None]:
+    # Lightning's wrapper for distributed runs draws its whole order in `iter`, which torchdata calls more than once.
+    ordinary = type(sampler)
+    if origin.iterated is None or not isinstance(sampler, DistributedSamplerWrapper):
+        yield
+        return
+    restore = functools.partial(origin.iterated.restore, tracker.sources)
+
+    class Redrawn(ordinary):  # type: ignore[misc,valid-type]
+        def __iter__(self) -> Any:
+            restore()
+            return super().__iter__()
+
+    sampler.__class__ = Redrawn
+    try:
+        yield
+    finally:
+        sampler.__class__ = ordinary
 
 
 def _stateful_state(loader: Any, tracker: PositionTracker, read: ReadInner) -> dict[str, Any]:

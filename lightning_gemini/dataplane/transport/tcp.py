@@ -270,8 +270,7 @@ class ReplicaServer:
         except EOFError:
             pass
         except AuthenticationError as error:
-            if peer not in self._refused:  # one line a peer, however often it tries
-                self._refused.add(peer)
+            if self._is_first_refusal(peer):  # one line a peer, however often it tries
                 log.warning("refused a connection: %s", error)
         except Exception as error:  # whatever a peer or its disconnection causes ends this connection alone
             expected = isinstance(error, (GeminiError, OSError)) or self._listener is None
@@ -280,6 +279,12 @@ class ReplicaServer:
         finally:
             with self._lock:
                 self._connections.discard(sock)
+
+    def _is_first_refusal(self, peer: str) -> bool:
+        with self._lock:
+            known = peer in self._refused
+            self._refused.add(peer)
+        return not known
 
     def _handle(self, sock: socket.socket, frame: Frame) -> None:
         if frame.kind is Kind.BEGIN:

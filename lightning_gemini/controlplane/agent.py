@@ -26,7 +26,7 @@ from lightning_gemini.dataplane.replicator import Replicator
 from lightning_gemini.dataplane.slab import BufferState
 from lightning_gemini.dataplane.store import ShardStore
 from lightning_gemini.dataplane.transport import Peer, TcpTransport
-from lightning_gemini.dataplane.transport.tcp import ReplicaServer
+from lightning_gemini.dataplane.transport.replica_server import ReplicaServer
 from lightning_gemini.errors import AgentError, ProtocolError
 from lightning_gemini.version import __version__
 

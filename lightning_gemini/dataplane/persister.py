@@ -33,6 +33,7 @@ FINISHED = "gemini_finished"
 _TAG = re.compile(r"global_step(\d+)(?:\.(\d+))?$")
 _OTHERS_TIMEOUT_S = 600.0
 _POLL_S = 0.05
+_PREVIOUS_TIMEOUT_S = 1.0
 
 FilesOf = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
@@ -69,34 +70,38 @@ class Persister:
 
     def start(self, buffer: Buffer, version: VersionId) -> None:
         """Write ``version`` in the background; problems are logged, training goes on."""
-        if not self.busy:
-            self._thread = threading.Thread(
-                target=self._run, args=(buffer, version), name="gemini-persist", daemon=True
-            )
-            self._thread.start()
+        arguments = (buffer, version, self._thread)
+        self._thread = threading.Thread(target=self._run, args=arguments, name="gemini-persist", daemon=True)
+        self._thread.start()
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Give a checkpoint that is being written a last chance to finish."""
         if self._thread is not None:
             self._thread.join(timeout_s)
 
-    def discard_abandoned(self) -> None:
-        """Remove what attempts of earlier runs left; before training, and before any rank persists."""
+    def discard_abandoned(self, before: int | None = None) -> None:
+        """Remove what earlier attempts left: all of them before training, later those at steps up to ``before``."""
         if self._rank == 0:
             for abandoned in self.directory.glob(".global_step*.tmp"):
-                shutil.rmtree(abandoned, ignore_errors=True)
+                # Other ranks may be writing a newer version already.
+                if before is None or int(abandoned.name.removeprefix(".global_step").split(".")[0]) <= before:
+                    shutil.rmtree(abandoned, ignore_errors=True)
 
     def mark_finished(self) -> None:
         """The job ended well: its last checkpoint is a result now, and no new job resumes from it by itself."""
         # The mark is in the checkpoint, so that it goes to no other when `latest` is replaced.
         latest = _latest(self.directory)
-        if self._rank == 0 and latest is not None and latest.is_dir():
-            (latest / FINISHED).touch()
+        try:
+            if self._rank == 0 and latest is not None and latest.is_dir():
+                (latest / FINISHED).touch()
+        except OSError as error:
+            log.warning("%s could not be marked as finished (%s): remove it before another job", latest, error)
 
-    def _run(self, buffer: Buffer, version: VersionId) -> None:
+    def _run(self, buffer: Buffer, version: VersionId, previous: threading.Thread | None = None) -> None:
         try:
             began = time.monotonic()
             stable, volatile = self._read(buffer, version)
+            _wait_for(previous)
             self._write(version, stable, volatile)
             self.last = version.version
             if self._rank == 0:
@@ -160,7 +165,15 @@ class Persister:
         for _, old in checkpoints(self.directory)[KEEP:]:
             if not (old / FINISHED).exists():
                 shutil.rmtree(old, ignore_errors=True)
-        self.discard_abandoned()
+        self.discard_abandoned(before=int(tag.removeprefix("global_step")))
+
+
+def _wait_for(previous: threading.Thread | None) -> None:
+    """Rank 0 may begin anew when it has seen the last file of another rank, whose thread is then just about to end."""
+    if previous is not None:
+        previous.join(_PREVIOUS_TIMEOUT_S)
+        if previous.is_alive():
+            raise PersistError("the one before it is still being written")
 
 
 def _unused(final: Path) -> Path:

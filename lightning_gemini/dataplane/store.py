@@ -114,7 +114,7 @@ class ShardStore:
     # -- what happens to versions ------------------------------------------------------------------------------------
 
     def writer(self, owner: int) -> threading.Lock:
-        """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`."""
+        """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`."""
         with self._lock:
             return self._writers[owner]
 
@@ -137,7 +137,7 @@ class ShardStore:
         sender_generation: int,
         kept: VersionId | None = None,
     ) -> Buffer | None:
-        """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`. The buffer is begun."""
+        """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`. The buffer is begun."""
         with self._lock:
             self._require_hosted(owner, sender_generation)
             if self.complete_buffer(owner, version) is not None:
@@ -172,7 +172,7 @@ class ShardStore:
         return slab.buffers[index]
 
     def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
-        """See :class:`~lightning_gemini.dataplane.transport.tcp.ShardHost`."""
+        """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`."""
         slab = self.slab(owner)
         return slab.holding(version) if slab else None
 

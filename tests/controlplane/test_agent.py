@@ -281,6 +281,7 @@ def test_an_agent_that_answers_too_late_is_not_asked_again(directory: Path) -> N
                 receive_message(sock)
                 late.wait(10.0)
                 send_message(sock, {"answer": "to the first question"})
+                receive_message(sock)  # until the client hangs up
 
         late = threading.Event()
         thread = threading.Thread(target=serve)
@@ -289,9 +290,9 @@ def test_an_agent_that_answers_too_late_is_not_asked_again(directory: Path) -> N
             with pytest.raises(AgentError, match="went away"):
                 client.status()
             late.set()
-            thread.join(10.0)
             with pytest.raises(AgentError, match="went away"):
                 client.report()
+        thread.join(10.0)
 
 
 def test_a_client_of_an_agent_that_ended_says_so(start: Start) -> None:
@@ -576,6 +577,34 @@ def test_a_new_generation_ends_the_retrieval_of_the_older_one(start: Start) -> N
         stuck.settimeout(0.1)
         with pytest.raises(TimeoutError):
             stuck.accept()  # nor does it go on with the rest of the older plan
+
+
+def test_a_retrieval_that_was_ordered_for_an_older_generation_does_not_begin(
+    pair: Pair, worker: MakeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ordered, overtaken = threading.Event(), threading.Event()
+
+    class Waiting:
+        """The lock of the retrievals, while another one has it."""
+
+        def __enter__(self) -> None:
+            ordered.set()
+            assert overtaken.wait(10.0)
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    worker(pair[1], 1)
+    worker(pair[0], 0).commit(4)
+    pair[0]._store.discard(0, v(4))
+    monkeypatch.setattr(pair[0], "_retrieving", Waiting())
+    with ThreadPoolExecutor(1) as threads:
+        retrieval = threads.submit(pair[0].retrieve, [Fetch(0, 1, 0, v(4))])
+        assert ordered.wait(10.0)
+        introduce(pair, generation=2)
+        overtaken.set()
+        with pytest.raises(ProtocolError, match="retrieval given up: generation 2 began"):
+            retrieval.result(10.0)
 
 
 # -- the end -----------------------------------------------------------------------------------------------------------

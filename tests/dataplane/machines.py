@@ -11,7 +11,7 @@ from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.slab import Buffer, Slab
 from lightning_gemini.dataplane.store import ShardStore
 from lightning_gemini.dataplane.transport import Peer, TcpTransport
-from lightning_gemini.dataplane.transport.tcp import ReplicaServer
+from lightning_gemini.dataplane.transport.replica_server import ReplicaServer
 
 JOB = "a-job"
 SECRET = b"known to agents alone"

@@ -146,14 +146,39 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
         assert_loads(path, step)
 
 
-def test_only_one_checkpoint_is_written_at_a_time(tmp_path: Path) -> None:
+def test_a_checkpoint_waits_a_moment_for_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_OTHERS_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(module, "_PREVIOUS_TIMEOUT_S", 20.0)
     one = persister(tmp_path, 0)
     buffers = [buffer_with(0, 1), buffer_with(0, 2)]
     one.start(buffers[0], VersionId(1, 1))  # waits for rank 1
-    assert one.busy
     one.start(buffers[1], VersionId(1, 2))
+    assert one.busy
     write(tmp_path, 1, 1)
+    wait_until(lambda: steps_in(tmp_path) == [1], "the first one")
+    write(tmp_path, 1, 2)
     one.close()
+    assert steps_in(tmp_path) == [2, 1]
+    for buffer in buffers:
+        buffer.close()
+
+
+def test_only_one_checkpoint_is_written_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "_OTHERS_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(module, "_PREVIOUS_TIMEOUT_S", 0.05)
+    one = persister(tmp_path, 0)
+    buffers = [buffer_with(0, 1), buffer_with(0, 2)]
+    one.start(buffers[0], VersionId(1, 1))  # waits for rank 1
+    first = one._thread
+    one.start(buffers[1], VersionId(1, 2))
+    one.close()
+    assert "version 2 was not persisted" in caplog.text
+    assert "still being written" in caplog.text
+    write(tmp_path, 1, 1)
+    assert first is not None
+    first.join(20.0)
     assert steps_in(tmp_path) == [1]
     for buffer in buffers:
         buffer.close()
@@ -223,7 +248,13 @@ def watch(count: Callable[[object], None]) -> None:
         count(os.readlink(f"/proc/self/fd/{descriptor}"))
         fsync(descriptor)
 
+    def counted_open(path: Path, mode: str) -> Any:
+        stream = open(path, mode)  # noqa: SIM115 - the caller closes it
+        count(path)  # opened, and perhaps emptied, but nothing is written yet
+        return stream
+
     os.fsync = counted_fsync  # type: ignore[assignment]
+    module.open = counted_open  # type: ignore[attr-defined]
 
 
 def assert_consistent(directory: Path, step: int) -> None:
@@ -358,7 +389,7 @@ def test_a_rank_that_writes_nothing_is_named_and_nothing_is_finished(
 ) -> None:
     write(before, 0, 30)
     assert "ranks [1] wrote nothing" in caplog.text
-    assert "the previous persistent checkpoint stays valid" in caplog.text
+    assert "what is there stays valid, training goes on" in caplog.text
     assert_consistent(before, 30)
     assert latest(before) == "global_step20"
     assert not list(before.glob(".global_step30*"))
@@ -418,6 +449,31 @@ def test_whatever_goes_wrong_is_reported_and_training_goes_on(
     buffer.close()
     assert "version 30 was not persisted" in caplog.text
     assert (one.busy, one.last, steps_in(before)) == (False, None, [20, 10])
+
+
+def test_a_disk_that_stays_full_is_reported_once_and_then_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    one = persister(tmp_path / "file" / "below", 0)
+    buffer = buffer_with(0, 30)
+    for _ in range(99):
+        one._run(buffer, VersionId(1, 30))
+    assert len(caplog.records) == 1
+    one._run(buffer, VersionId(1, 30))
+    assert "failure 100" in caplog.records[-1].message
+    buffer.close()
+
+
+def test_a_job_that_ends_well_does_not_fail_at_the_mark(
+    before: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", fail)
+    persister(before, 0).mark_finished()
+    assert "could not be marked as finished" in caplog.text
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import xxhash
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import wire
 from lightning_gemini.dataplane.slab import Buffer, chunk_bytes_for
-from lightning_gemini.dataplane.transport import Peer, TcpTransport, tcp
-from lightning_gemini.dataplane.transport.tcp import ReplicaServer
+from lightning_gemini.dataplane.transport import Peer, TcpTransport, chunk_stream
+from lightning_gemini.dataplane.transport.replica_server import ReplicaServer
 from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import IntegrityError, ProtocolError
 from tests.dataplane.machines import JOB, SECRET, Machine, complete_ids, content_of, shard_bytes, write_version
@@ -201,7 +201,7 @@ def test_random_bytes_from_strangers_harm_nobody(holder: Machine, seed: int, cap
 def test_a_sender_that_falls_silent_is_given_up(
     holder: Machine, caller: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tcp, "IO_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(chunk_stream, "IO_TIMEOUT_S", 0.2)
     begin(caller)
     wire.send(caller, *chunk(0))
     assert_hung_up(caller)
@@ -256,7 +256,7 @@ def test_a_buffer_that_is_overwritten_at_the_last_moment_is_not_ended(monkeypatc
 
         patched.setattr(wire, "send", overwriting_send)
         with socket.socket() as nowhere:
-            assert not tcp.send_chunks(nowhere, buffer, OLD, lambda: True)
+            assert not chunk_stream.send_chunks(nowhere, buffer, OLD, lambda: True)
         assert sent == [0, 1, 2]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lightning_gemini.errors import ConfigurationError
 
-PLACEMENTS = ("mixed", "group", "ring")
+PLACEMENTS = ("mixed", "group", "ring", "compact", "rack")
 TRANSPORTS = ("tcp",)
 
 
@@ -21,7 +21,10 @@ class CheckpointConfig:
     Attributes:
         replicas: Copies of every shard, the owner's own included (m in GEMINI). 1 protects against process death only;
             ``None`` means 2, or 1 where there is but one machine.
-        placement: Which machines hold whose shards: ``mixed`` (GEMINI, Algorithm 1), ``group`` or ``ring``.
+        placement: Which machines hold whose shards: ``mixed`` (GEMINI, Algorithm 1), ``group``, ``ring``, ``compact``
+            or ``rack``.
+        domains: Failure domain of every machine, by machine rank; ``None`` with placement ``rack`` takes what the
+            machines say themselves (``LIGHTNING_GEMINI_DOMAIN``).
         checkpoint_every: Optimizer steps between two versions.
         commit_wait_s: The longest that a step waits for its predecessor's replicas before that version is skipped.
         persist_dir: Directory of the persistent tier; ``None`` picks one inside the run directory or
@@ -33,6 +36,7 @@ class CheckpointConfig:
 
     replicas: int | None = None
     placement: str = "mixed"
+    domains: tuple[str, ...] | None = None
     checkpoint_every: int = 1
     commit_wait_s: float = 1.0
     persist_dir: Path | None = None
@@ -78,11 +82,14 @@ class ClusterConfig:
         lease_ttl_s: Seconds after which a silent machine is declared dead.
         max_failures_without_progress: Recoveries in a row that complete no new step before the job is given up.
         stop_timeout_s: Seconds that processes get to end before they are killed.
+        report_timeout_s: Seconds that a machine that shows signs of life gets to say what it holds, before it is given
+            up and replaced.
     """
 
     lease_ttl_s: int = 2
     max_failures_without_progress: int = 3
     stop_timeout_s: float = 5.0
+    report_timeout_s: float = 30.0
 
 
 MEMORY_FLOOR_BYTES = 256 * 2**20

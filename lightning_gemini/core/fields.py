@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_gemini.errors import ProtocolError
 
-__all__ = ["boolean", "integer", "integer_lists", "integers", "items", "mapping", "mappings"]
+__all__ = ["boolean", "integer", "integer_lists", "integers", "items", "mapping", "mappings", "strings"]
 
 
 def integer(data: Mapping[str, Any], name: str) -> int:
@@ -35,6 +35,14 @@ def integers(data: Mapping[str, Any], name: str) -> tuple[int, ...]:
 def integer_lists(data: Mapping[str, Any], name: str) -> tuple[tuple[int, ...], ...]:
     """Returns the field ``name`` of ``data``, a list of lists of integers."""
     return tuple(integers({name: item}, name) for item in items(data, name))
+
+
+def strings(data: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    """Returns the field ``name`` of ``data``, a list of texts."""
+    for item in (values := items(data, name)):
+        if not isinstance(item, str):
+            raise _unexpected(name, "a text", item)
+    return tuple(values)
 
 
 def mapping(data: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ class GeminiStrategy(DeepSpeedStrategy):
     Args:
         *args: Arguments of :class:`~lightning.pytorch.strategies.DeepSpeedStrategy`; ``stage`` is 3 by default.
         replicas: Copies of every rank's state, its own included; by default 2, or 1 on a single machine.
-        placement: Which machines hold whose copies: ``"mixed"``, ``"group"`` or ``"ring"``.
+        placement: Who holds whose copies: ``"mixed"``, ``"group"``, ``"ring"``, ``"compact"`` or ``"rack"``.
+        domains: Failure domain of every machine for ``"rack"``; default: their ``LIGHTNING_GEMINI_DOMAIN``.
         checkpoint_every: Optimizer steps between two versions; 0 turns checkpoints and restoring off.
         commit_wait_s: Longest wait of a step for its predecessor's replicas before a version is skipped.
         persist_dir: Directory of the persistent tier, shared by all machines; by default inside the run directory, or
@@ -52,6 +53,7 @@ class GeminiStrategy(DeepSpeedStrategy):
         *args: Any,
         replicas: int | None = None,
         placement: str = _DEFAULTS.placement,
+        domains: Sequence[str] | None = None,
         checkpoint_every: int = _DEFAULTS.checkpoint_every,
         commit_wait_s: float = _DEFAULTS.commit_wait_s,
         persist_dir: str | os.PathLike[str] | None = None,
@@ -66,6 +68,7 @@ class GeminiStrategy(DeepSpeedStrategy):
         self.checkpoint_config = CheckpointConfig(
             replicas=replicas,
             placement=placement,
+            domains=None if domains is None else tuple(domains),
             checkpoint_every=checkpoint_every,
             commit_wait_s=commit_wait_s,
             persist_dir=Path(persist_dir) if persist_dir is not None else None,

@@ -32,7 +32,8 @@ def placements(draw: st.DrawFn, max_machines: int = 24) -> tuple[Placement, int,
         machines = replicas * draw(st.integers(1, max_machines // replicas))
     else:
         machines = draw(st.integers(replicas, max_machines))
-    return plan_placement(machines, replicas, strategy), machines, replicas, strategy
+    domains = draw(st.lists(st.sampled_from("abcde"), min_size=machines, max_size=machines))
+    return plan_placement(machines, replicas, strategy, domains), machines, replicas, strategy
 
 
 def survivors(placement: Placement, machines: int, failures: int) -> int:
@@ -108,9 +109,11 @@ def test_every_machine_hosts_as_many_copies_as_it_sends(case: tuple[Placement, i
 def test_number_of_holder_sets_is_that_of_theorem_1(case: tuple[Placement, int, int, str]) -> None:
     placement, machines, replicas, strategy = case
     groups, leftover = divmod(machines, replicas)
-    distinct = len({frozenset(holders) for holders in placement.holder_sets})
+    distinct = len(placement.distinct_holder_sets)
     if strategy == "ring":
         assert distinct == (machines if machines > replicas else 1)
+    elif strategy == "compact":
+        assert distinct <= (replicas + leftover + groups - 1 if leftover else groups)
     else:
         assert distinct == (replicas + leftover + groups - 1 if leftover else groups)
 
@@ -130,7 +133,7 @@ def test_recoverable_for_every_set_of_lost_machines(machines: int, strategy: str
     for replicas in range(1, machines + 1):
         if strategy == "group" and machines % replicas:
             continue
-        placement = plan_placement(machines, replicas, strategy)
+        placement = plan_placement(machines, replicas, strategy, [str(machine % 3) for machine in range(machines)])
         for failures in range(machines + 1):
             for failed in combinations(range(machines), failures):
                 # What is left, computed from the receiving side: the shards that the live machines hold.
@@ -196,7 +199,8 @@ def test_probability_of_recovery_of_the_mixed_placement(
         (4, -1, "ring", "use replicas=1"),
         (0, 1, "mixed", "start the job with 1 or more"),
         (5, 2, "group", "use placement='mixed', or 4 or 6 machines"),
-        (4, 2, "star", "must be one of mixed, group, ring, got 'star'"),
+        (4, 2, "star", "must be one of mixed, group, ring, compact, rack, got 'star'"),
+        (4, 2, "rack", "give domains, one label a machine, or use placement='mixed'"),
     ],
 )
 def test_impossible_numbers_are_refused_with_the_remedy(

@@ -1,4 +1,4 @@
-"""The contract of a key-value store, on a real etcd."""
+"""The contract of a key-value store, on a real etcd of one member and of three."""
 
 from __future__ import annotations
 
@@ -6,17 +6,28 @@ import os
 import queue
 import signal
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from lightning_gemini.controlplane.election import Election
 from lightning_gemini.controlplane.kv.base import KeyChange, StoreUnavailableError
+from lightning_gemini.controlplane.kv.cluster import EtcdCluster
 from lightning_gemini.controlplane.kv.etcd import EtcdKeyValueStore, reachable
-from lightning_gemini.controlplane.kv.server import EtcdServer
 from lightning_gemini.controlplane.membership import JobKeys, Member, Membership
 from lightning_gemini.controlplane.processes import PROTOBUF_VARIABLE
 from lightning_gemini.controlplane.session import Session
 from lightning_gemini.errors import ConfigurationError
+
+
+@pytest.fixture(scope="module", params=[1, 3])
+def etcd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdCluster]:
+    cluster = EtcdCluster(tmp_path_factory.mktemp("etcd"), members=request.param)
+    cluster.start()
+    assert len(cluster.pids) == request.param
+    yield cluster
+    cluster.close()
 
 
 def wait_until(condition, timeout_s: float = 6.0) -> float:
@@ -83,27 +94,30 @@ def test_a_watch_reports_what_is_there_and_then_every_change(store: EtcdKeyValue
 
 
 @pytest.fixture
-def own_etcd(tmp_path):
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.close()
-    assert reachable(server.endpoint, timeout_s=0.3) is not None
+def own_etcd(tmp_path: Path) -> Iterator[EtcdCluster]:
+    cluster = EtcdCluster(tmp_path)
+    cluster.start()
+    endpoint = cluster.endpoint
+    yield cluster
+    cluster.close()
+    assert reachable(endpoint, timeout_s=0.3) is not None
+    assert not (tmp_path / "data").exists()
 
 
-def test_a_watch_catches_up_after_etcd_was_killed(own_etcd: EtcdServer, prefix: str) -> None:
+def test_a_watch_catches_up_after_etcd_was_killed(own_etcd: EtcdCluster, prefix: str) -> None:
     store = EtcdKeyValueStore(own_etcd.endpoint)
     state: dict[str, str | None] = {}
     watch = store.watch_prefix(prefix, lambda changes: state.update({c.key: c.now and c.now.value for c in changes}))
     store.put(prefix + "a", "1")
     store.put(prefix + "b", "1")
     wait_until(lambda: len(state) == 2)
-    assert own_etcd.pid is not None
-    os.kill(own_etcd.pid, signal.SIGKILL)
-    wait_until(lambda: not own_etcd.alive())
+    (pid,) = own_etcd.pids
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: not own_etcd.pids)
     with pytest.raises(StoreUnavailableError):
         store.put(prefix + "a", "2")
-    own_etcd.restart()
+    wait_until(own_etcd.keep_alive)
+    assert own_etcd.pids != [pid]
     wait_until(lambda: reachable(own_etcd.endpoint, 0.5) is None)
     other = EtcdKeyValueStore(own_etcd.endpoint)
     other.put(prefix + "a", "3")
@@ -114,18 +128,18 @@ def test_a_watch_catches_up_after_etcd_was_killed(own_etcd: EtcdServer, prefix: 
     other.close()
 
 
-def test_calls_on_a_hung_etcd_are_bounded(own_etcd: EtcdServer, prefix: str) -> None:
+def test_calls_on_a_hung_etcd_are_bounded(own_etcd: EtcdCluster, prefix: str) -> None:
     store = EtcdKeyValueStore(own_etcd.endpoint, timeout_s=0.5)
     store.put(prefix + "a", "1")
-    assert own_etcd.pid is not None
-    os.kill(own_etcd.pid, signal.SIGSTOP)
+    (pid,) = own_etcd.pids
+    os.kill(pid, signal.SIGSTOP)
     try:
         started = time.monotonic()
         with pytest.raises(StoreUnavailableError):
             store.put(prefix + "a", "2")
         assert time.monotonic() - started < 2
     finally:
-        os.kill(own_etcd.pid, signal.SIGCONT)
+        os.kill(pid, signal.SIGCONT)
     store.close()
 
 
@@ -181,7 +195,7 @@ def test_the_variable_that_etcd3_needs_does_not_leak() -> None:
     assert PROTOBUF_VARIABLE not in os.environ
 
 
-@pytest.mark.parametrize("endpoint", ["localhost", ":2379", "host:port"])
+@pytest.mark.parametrize("endpoint", ["localhost", ":2379", "host:port", "a:1,b", "a:1,"])
 def test_endpoints_are_checked(endpoint: str) -> None:
     with pytest.raises(ConfigurationError, match="HOST:PORT"):
         EtcdKeyValueStore(endpoint)

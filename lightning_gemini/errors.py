@@ -12,6 +12,7 @@
     ├── AgentError                the machine's agent is missing, of another job, or of another version
     ├── RestoreError              no version can be restored, or the stored state does not fit the model
     │   └── LayoutMismatchError   the stored state belongs to another model or world size
+    ├── OperatorError             a provider of machines refuses, or cannot be reached now
     └── PersistError              the persistent tier cannot be written or read
 
 Every message says what was expected, what was found, and what to do.
@@ -27,6 +28,7 @@ __all__ = [
     "GeminiError",
     "IntegrityError",
     "LayoutMismatchError",
+    "OperatorError",
     "PersistError",
     "PlacementError",
     "ProtocolError",
@@ -72,6 +74,10 @@ class RestoreError(GeminiError):
 
 class LayoutMismatchError(RestoreError):
     """The stored state belongs to another model or world size."""
+
+
+class OperatorError(GeminiError):
+    """A provider of machines refuses, or cannot be reached now."""
 
 
 class PersistError(GeminiError, OSError):

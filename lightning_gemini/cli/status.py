@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
 
 def status(chosen: argparse.Namespace) -> int:
     """Prints the state of a job."""
-    from lightning_gemini.cli.inject import Observer
+    from lightning_gemini.controlplane.faults.observer import Observer
     from lightning_gemini.controlplane.run_directory import find_job
 
     job = find_job(chosen.run_dir)
@@ -38,6 +38,7 @@ def status(chosen: argparse.Namespace) -> int:
     )
     if nodes:
         print_table(HEADER, [_row(rank, node, root) for rank, node in enumerate(nodes)])
+        print_standbys(next((node for node in nodes if node), {}))
     return 0
 
 
@@ -49,6 +50,17 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
     for row in (header, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_standbys(node: dict[str, Any]) -> None:
+    """Prints who stands by, as one node sees it."""
+    root = node.get("root_name")
+    shown = [
+        f"{each['name']} (pid {each['pid']}{', root' if each['name'] == root else ''})"
+        for each in node.get("standbys", [])
+    ]
+    if shown:
+        print(f"standing by: {', '.join(shown)}")
 
 
 def _row(rank: int, node: dict[str, Any] | None, root: int | None) -> tuple[str, ...]:

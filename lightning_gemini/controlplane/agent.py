@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gemini.controlplane.control_socket import ControlSocket, Reply, WorkerSession
+from lightning_gemini.core.fields import strings
 from lightning_gemini.core.recovery import (
     Fetch,
     fetch_from_json,
@@ -132,6 +133,7 @@ class MachineAgent:
             **inventory_to_json(self._store.inventory()),
             "replicas": self._store.replicas,
             "placement": self._store.strategy,
+            "domains": None if self._store.domains is None else list(self._store.domains),
             "nproc": self._store.nproc_per_machine,
             "progress": {str(rank): step for rank, step in self.progress().items()},
         }
@@ -286,7 +288,9 @@ class MachineAgent:
         rank = int(request["rank"])
         if rank not in self._store.own_ranks():
             raise ProtocolError(f"rank {rank} is not of machine {self.settings.machine}: {self._store.own_ranks()}")
-        self._store.set_replication(int(request["replicas"]), str(request["placement"]))
+        domains = strings(request, "domains") if request.get("domains") is not None else None
+        self._store.set_replication(int(request["replicas"]), str(request["placement"]), domains)
+        self._replicator.notify()
         session.rank = rank
         self._workers[session.rank] = session.pid
         return self.report(), ()

@@ -76,9 +76,10 @@ class AgentClient:
         """Tell the agent who its peers are."""
         self._request("peers", generation=generation, nproc=nproc_per_node, addresses=[list(a) for a in addresses])
 
-    def join(self, rank: int, replicas: int, placement: str) -> dict[str, Any]:
+    def join(self, rank: int, replicas: int, placement: str, domains: Sequence[str] | None = None) -> dict[str, Any]:
         """This process is global rank ``rank``; returns the agent's report."""
-        return self._request("join", rank=rank, replicas=replicas, placement=placement)
+        named = None if domains is None else list(domains)
+        return self._request("join", rank=rank, replicas=replicas, placement=placement, domains=named)
 
     def report(self) -> dict[str, Any]:
         """What the machine holds."""

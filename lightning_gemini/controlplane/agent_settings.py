@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from lightning_gemini.controlplane.job_spec import JobSpec
+from lightning_gemini.controlplane.run_directory import machine_socket
+
+EXIT_FENCED = 75
+"""Exit code of an agent whose slot went to another one while nobody could hear it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,48 +18,27 @@ class WorkerAgentSettings:
 
     Attributes:
         job: The job's id.
-        machine: This machine's rank (slot).
-        nodes: Machines of the job.
-        nproc_per_node: Workers on each machine.
-        script: The user's script and its arguments.
-        run_dir: The run's directory.
-        socket_path: Where workers find the agent.
-        secret: What agents of this job know.
-        etcd: ``HOST:PORT`` of the key-value store.
+        name: The machine's name, unique in the job.
         incarnation: Name of this very process.
+        secret: What agents of this job know.
+        spec: What all machines of the job know.
+        run_dir: The run's directory, as this machine sees it.
         host: Address that peers and workers of other machines reach this one at.
-        preload: Modules that the warm pool imports on top of the usual ones.
-        template: Socket of the host's import template, if it has one.
-        lease_ttl_s: Seconds of silence after which this machine counts as dead.
-        max_failures: Recoveries in a row without a new completed step before the job is given up.
-        stop_timeout_s: Seconds that workers get to end once killed.
+        interface: Its network interface, where workers must be told; None on loopback.
+        domain: The machine's failure domain; empty where unknown.
     """
 
     job: str
-    machine: int
-    nodes: int
-    nproc_per_node: int
-    script: tuple[str, ...]
-    run_dir: Path
-    socket_path: Path
-    secret: bytes
-    etcd: str
+    name: str
     incarnation: str
+    secret: bytes
+    spec: JobSpec
+    run_dir: Path
     host: str = "127.0.0.1"
-    preload: tuple[str, ...] = ()
-    template: Path | None = None
-    lease_ttl_s: int = 2
-    max_failures: int = 3
-    stop_timeout_s: float = 5.0
+    interface: str | None = None
+    domain: str = ""
 
-
-def load_settings(path: Path) -> WorkerAgentSettings:
-    """Reads what the launcher wrote; the secret is in a file of its own."""
-    fields: dict[str, Any] = json.loads(path.read_text())
-    fields["secret"] = bytes.fromhex(Path(fields.pop("secret_file")).read_text())
-    for name in ("run_dir", "socket_path"):
-        fields[name] = Path(fields[name])
-    fields["template"] = Path(fields["template"]) if fields["template"] else None
-    for name in ("script", "preload"):
-        fields[name] = tuple(fields[name])
-    return WorkerAgentSettings(**fields)
+    @property
+    def socket_path(self) -> Path:
+        """Where this machine's workers find the agent."""
+        return machine_socket(self.run_dir, self.job, self.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 
 from lightning_gemini.controlplane.kv.base import KeyValueStore
@@ -20,19 +21,20 @@ class Election:
         store: Where the key is.
         key: The key that the root holds.
         session: The candidate's session; its end is the end of its leadership.
-        machine: Machine rank of the candidate.
+        name: The candidate's machine; it may be one without a slot.
         incarnation: Name of this very agent process.
     """
 
     store: KeyValueStore
     key: str
     session: Session
-    machine: int
+    name: str
     incarnation: str
 
     def campaign(self) -> int | None:
         """Tries once to become root; returns the revision that guards its writes, or None while another one leads."""
-        value = json.dumps({"machine": self.machine, "incarnation": self.incarnation, "lease": self.session.lease})
+        who = {"name": self.name, "incarnation": self.incarnation, "pid": os.getpid()}
+        value = json.dumps({**who, "lease": self.session.lease})
         revision = self.store.put_if_absent(self.key, value, self.session.lease)
         if revision is not None:
             return revision

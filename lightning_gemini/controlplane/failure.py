@@ -81,5 +81,5 @@ def plan_from_reports(reports: Mapping[int, Report], nodes: int, nproc_per_node:
     known = next((memory for memory in memories if memory.get("replicas")), None)
     if known is None:
         return RecoveryPlan(None, (Tier.NONE,) * (nodes * nproc_per_node))
-    placement = plan_placement(nodes, int(known["replicas"]), known["placement"] or "mixed")
+    placement = plan_placement(nodes, int(known["replicas"]), known["placement"] or "mixed", known.get("domains"))
     return plan_recovery(placement, nproc_per_node, [inventory_from_json(memory) for memory in memories])

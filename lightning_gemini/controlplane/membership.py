@@ -1,4 +1,4 @@
-"""Who takes part: one record for each machine rank, held by its agent's lease; and the names of all keys of a job."""
+"""Who takes part: one record for each agent, held by its lease; and the names of all keys of a job."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ class Member:
         replica_port: Port of its replica server.
         pid: Its process id.
         incarnation: Name of this very agent process; a replacement on the same slot has another one.
+        name: The machine's name, unique in the job.
+        domain: Its failure domain, such as a rack; empty where unknown.
     """
 
     machine: int
@@ -25,11 +27,51 @@ class Member:
     replica_port: int
     pid: int
     incarnation: str
+    name: str = ""
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """An agent without a slot: new, or standing by.
+
+    Attributes:
+        name: The machine's name, unique in the job.
+        host: Address that peers and workers will reach it at.
+        pid: Its process id.
+        incarnation: Name of this very agent process.
+        domain: Its failure domain; empty where unknown.
+    """
+
+    name: str
+    host: str
+    pid: int
+    incarnation: str
+    domain: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The spare that a vacant slot is meant for."""
+
+    name: str
+    incarnation: str
 
 
 def member_from_json(text: str) -> Member:
     """Reads a member record."""
     return Member(**json.loads(text))
+
+
+def spare_from_json(text: str) -> Spare:
+    """Reads a spare's record."""
+    return Spare(**json.loads(text))
+
+
+def assignment_from_json(text: str) -> Assignment | None:
+    """Reads an assignment; None where it was revoked."""
+    fields = json.loads(text)
+    return Assignment(**fields) if fields else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +81,16 @@ class JobKeys:
     ======================  ==============================  ==================================================
     key                     written by                      content
     ======================  ==============================  ==================================================
+    ``spec``                the launcher                    what all machines must know of the job
     ``root``                the elected agent               who leads; its create revision guards the orders
+    ``spares/<name>``       the machine's agent, leased     `Spare`
+    ``assign/<slot>``       the root                        `Assignment`: who may take the slot; {}: nobody
     ``members/<slot>``      the slot's agent, with lease    `Member`
     ``order``               the root                        the newest order, with generation and phase
     ``reports/<slot>``      the slot's agent, with lease    its answer to a ``report`` order
     ``outcomes/<slot>``     the slot's agent, with lease    how the workers of a generation ended, so far
-    ``replace/<slot>``      the root                        a machine is wanted for the slot
-    ``result``              the root                        how the job ended
+    ``replace/<slot>``      the root                        a machine that it gave up
+    ``result``              the root, or the launcher       how the job ended
     ======================  ==============================  ==================================================
     """
 
@@ -55,6 +100,11 @@ class JobKeys:
     def prefix(self) -> str:
         """What all keys of the job start with."""
         return f"/gemini/{self.job}/"
+
+    @property
+    def spec(self) -> str:
+        """What all machines must know of the job."""
+        return f"{self.prefix}spec"
 
     @property
     def root(self) -> str:
@@ -71,6 +121,14 @@ class JobKeys:
         """How the job ended."""
         return f"{self.prefix}result"
 
+    def spare(self, name: str) -> str:
+        """The record of an agent without a slot."""
+        return f"{self.prefix}spares/{name}"
+
+    def assignment(self, slot: int) -> str:
+        """Who may take a slot."""
+        return f"{self.prefix}assign/{slot}"
+
     def member(self, slot: int) -> str:
         """The member record of a slot."""
         return f"{self.prefix}members/{slot}"
@@ -84,31 +142,36 @@ class JobKeys:
         return f"{self.prefix}outcomes/{slot}"
 
     def replace(self, slot: int) -> str:
-        """The wish for a replacement."""
+        """The machine of a slot that the root gave up."""
         return f"{self.prefix}replace/{slot}"
 
-    def split(self, key: str) -> tuple[str, int | None]:
-        """Returns a key's kind and slot: ``members/3`` is ``("members", 3)``, ``order`` is ``("order", None)``."""
-        kind, _, slot = key.removeprefix(self.prefix).partition("/")
-        return kind, int(slot) if slot else None
+    def split(self, key: str) -> tuple[str, str]:
+        """Returns a key's kind and name: ``members/3`` is ``("members", "3")``, ``order`` is ``("order", "")``."""
+        kind, _, name = key.removeprefix(self.prefix).partition("/")
+        return kind, name
 
 
 @dataclass(frozen=True, slots=True)
-class Membership:
-    """This agent's own membership."""
+class Registration:
+    """This agent's own record, as a spare or as a member.
+
+    Attributes:
+        store: Where it goes.
+        key: Its key.
+        record: What the others see.
+    """
 
     store: KeyValueStore
-    keys: JobKeys
-    member: Member
+    key: str
+    record: Member | Spare
 
     def register(self, lease: int) -> bool:
-        """Takes the slot; returns False where another incarnation holds it (its lease may still have to end)."""
-        key = self.keys.member(self.member.machine)
-        value = json.dumps(asdict(self.member))
-        if self.store.put_if_absent(key, value, lease) is not None:
+        """Takes the key; returns False where another incarnation holds it (its lease may still have to end)."""
+        value = json.dumps(asdict(self.record))
+        if self.store.put_if_absent(self.key, value, lease) is not None:
             return True
-        held = self.store.get(key)
-        if held is None or member_from_json(held.value).incarnation != self.member.incarnation:
+        held = self.store.get(self.key)
+        if held is None or json.loads(held.value)["incarnation"] != self.record.incarnation:
             return False
-        self.store.put(key, value, lease)
+        self.store.put(self.key, value, lease)
         return True

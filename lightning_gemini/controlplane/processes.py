@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -75,6 +77,31 @@ def start_time(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] == "Z" else int(fields[19])
+
+
+def identity_of(pid: int) -> str:
+    """Names a process of this host for good, also against reuse of its pid and against other hosts."""
+    with open("/proc/sys/kernel/random/boot_id") as boot_id:
+        return f"{pid},{start_time(pid)},{boot_id.read().strip()}"
+
+
+def watch_process(identity: str, ended: Callable[[], None]) -> None:
+    """Calls ``ended`` on a thread of its own when the process of that name ends; never if it is not of this host."""
+    pid = int(identity.partition(",")[0])
+    try:
+        descriptor = os.pidfd_open(pid)
+    except OSError:
+        return
+    if identity_of(pid) != identity:
+        os.close(descriptor)
+        return
+
+    def wait() -> None:
+        select.select([descriptor], [], [])
+        os.close(descriptor)
+        ended()
+
+    threading.Thread(target=wait, name="launcher", daemon=True).start()
 
 
 def kill_group(pid: int) -> None:

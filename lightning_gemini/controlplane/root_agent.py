@@ -8,13 +8,20 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lightning_gemini.controlplane.election import Election
 from lightning_gemini.controlplane.events import EventLog
 from lightning_gemini.controlplane.failure import Failure
 from lightning_gemini.controlplane.kv.base import KeyChange, KeyValueStore, StoreUnavailableError
-from lightning_gemini.controlplane.membership import JobKeys, member_from_json
+from lightning_gemini.controlplane.membership import (
+    Assignment,
+    JobKeys,
+    assignment_from_json,
+    member_from_json,
+    spare_from_json,
+)
 from lightning_gemini.controlplane.orders import (
     Order,
     order_from_json,
@@ -26,14 +33,20 @@ from lightning_gemini.controlplane.root import Phase, RootState, rebuild, step
 from lightning_gemini.controlplane.root_events import (
     Action,
     Announce,
+    Assign,
+    Assigned,
     Event,
+    Evicted,
     Finish,
+    GiveUp,
+    JobEnded,
     JobShape,
     MemberJoined,
     MemberLost,
     PutOrder,
     Reported,
-    RequestReplacement,
+    SpareJoined,
+    SpareLost,
     Tick,
     WorkersEnded,
 )
@@ -42,6 +55,7 @@ from lightning_gemini.core.recovery import fetch_to_json, version_to_json
 _log = logging.getLogger(__name__)
 _TICK_S = 0.2
 _CAMPAIGN_S = 2.0  # also without a sign that the root is gone
+_GRACE_S = 5.0  # for members to come back after the store was away
 
 
 class LeadershipLostError(Exception):
@@ -56,14 +70,14 @@ class RootAgent:
         keys: The job's keys.
         shape: The job's shape.
         election: This agent's candidacy.
-        events: The job's event log.
+        events: The job's event log; its owner replaces it as it learns its slot.
     """
 
     def __init__(
         self, store: KeyValueStore, keys: JobKeys, shape: JobShape, election: Election, events: EventLog
     ) -> None:
         self._store, self._keys, self._shape = store, keys, shape
-        self._election, self._events = election, events
+        self._election, self.events = election, events
         self._changes: queue.SimpleQueue[Sequence[KeyChange]] = queue.SimpleQueue()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="root", daemon=True)
@@ -124,12 +138,14 @@ class RootAgent:
         order = order_from_json(stored[self._keys.order]) if self._keys.order in stored else None
         now = time.time()
         absent = [m.machine for m in order.members if self._keys.member(m.machine) not in stored] if order else []
-        # When the store dropped this agent's own lease it dropped the others' too: they are about to come back.
-        wait = self._election.session.lost_lately()
-        awaited = dict.fromkeys(absent, now + 2.0) if wait else {}
-        losses: list[Event] = [] if wait else [MemberLost(slot, now) for slot in absent]
+        decided = [event for key, value in sorted(stored.items()) for event in self._decisions(key, value, now)]
+        losses = [MemberLost(slot, now, self._grace_s()) for slot in absent]
         found = [event for key, value in sorted(stored.items()) for event in self._events_of(key, value, now)]
-        return self._apply(*rebuild(self._shape, order, losses + found, awaited))
+        return self._apply(*rebuild(self._shape, order, [*decided, *losses, *found], now))
+
+    def _grace_s(self) -> float:
+        """When this agent lost its lease to the store's absence, so did others, and they are about to come back."""
+        return _GRACE_S if self._election.session.troubled_lately() else 0.0
 
     def _first_changes(self) -> Sequence[KeyChange]:
         while not self._closed.is_set():
@@ -154,29 +170,54 @@ class RootAgent:
         if change.key == self._keys.root and (change.now is None or change.now.create_revision != self._revision):
             raise LeadershipLostError
 
+    def _decisions(self, key: str, value: str, now: float) -> Iterator[Event]:
+        """Reads what earlier roots decided besides the order."""
+        kind, name = self._keys.split(key)
+        if kind == "assign" and (assignment := assignment_from_json(value)) is not None:
+            yield Assigned(int(name), assignment, now)
+        elif kind == "replace" and (wish := json.loads(value))["evict"]:
+            yield Evicted(int(name), wish["incarnation"], now)
+
     def _events_of(self, key: str, value: str | None, now: float) -> Iterator[Event]:
-        kind, slot = self._keys.split(key)
-        if kind == "members" and slot is not None:
-            yield MemberLost(slot, now) if value is None else MemberJoined(member_from_json(value), now)
+        kind, name = self._keys.split(key)
+        if kind == "members":
+            lost = MemberLost(int(name), now, self._grace_s())
+            yield lost if value is None else MemberJoined(member_from_json(value), now)
+        elif kind == "spares":
+            yield SpareLost(name, now) if value is None else SpareJoined(spare_from_json(value), now)
         elif kind == "reports" and value is not None:
             yield Reported(report_from_json(value), now)
         elif kind == "outcomes" and value is not None:
             yield WorkersEnded(outcome_from_json(value), now)
+        elif kind == "result" and value is not None:
+            yield JobEnded(now)
 
     def _apply(self, state: RootState, actions: Sequence[Action]) -> RootState:
         for action in actions:
             match action:
                 case PutOrder(order):
                     self._put(self._keys.order, order_to_json(order))
-                case RequestReplacement(slot, incarnation):
-                    _log.warning("node %d is lost; asking for a replacement", slot)
-                    self._put(self._keys.replace(slot), json.dumps({"incarnation": incarnation}))
+                case Assign(slot, assignment):
+                    self._assign(slot, assignment)
+                case GiveUp():
+                    self._give_up(action)
                 case Announce(order, failure):
                     self._announce(order, failure)
                 case Finish(success, reason, failure):
                     self._put(self._keys.result, json.dumps({"success": success, "reason": reason}))
                     self._announce_failure(failure)
         return state
+
+    def _assign(self, slot: int, assignment: Assignment | None) -> None:
+        self._put(self._keys.assignment(slot), json.dumps({} if assignment is None else asdict(assignment)))
+        if assignment is not None:
+            _log.info("%s takes node %d", assignment.name, slot)
+
+    def _give_up(self, action: GiveUp) -> None:
+        why = "answers no order although it lives" if action.evict else "is lost"
+        _log.warning("node %d (%s) %s", action.slot, action.name, why)
+        wish = {"name": action.name, "incarnation": action.incarnation, "evict": action.evict}
+        self._put(self._keys.replace(action.slot), json.dumps(wish))
 
     def _put(self, key: str, value: str) -> None:
         """Writes as root; keeps trying while the store is away, for the state has already moved on."""
@@ -198,7 +239,7 @@ class RootAgent:
             "fetches": [fetch_to_json(fetch) for fetch in plan.fetches],
         }
         members = [member.machine for member in order.members]
-        self._events.append("generation_started", generation=order.generation, members=members, plan=shown)
+        self.events.append("generation_started", generation=order.generation, members=members, plan=shown)
 
     def _announce_failure(self, failure: Failure | None) -> None:
         if failure is None:
@@ -206,4 +247,4 @@ class RootAgent:
         _log.info("%s failure in generation %d: %s", failure.kind, failure.generation, failure.detail)
         fields = {"kind": failure.kind, "detail": failure.detail, "nodes_lost": list(failure.nodes_lost)}
         about = {"time": failure.time, "node": failure.node, "generation": failure.generation}
-        self._events.append("failure_detected", **about, **fields)
+        self.events.append("failure_detected", **about, **fields)

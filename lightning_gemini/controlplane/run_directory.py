@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import glob
 import json
 import os
 import secrets
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,22 +60,19 @@ class RunDirectory:
                 "or give another --run-dir"
             ) from None
         run = cls(path, lock)
+        run._remove_remains()
         run._set_aside()
         for name in ("logs", "nodes"):
             (path / name).mkdir(exist_ok=True, mode=0o700)
         return run
 
     def sockets(self, job: str, nodes: int) -> dict[int, Path]:
-        """Returns where each agent listens; a short place outside when the run directory's path is too long."""
-        inside = {slot: self.path / "nodes" / str(slot) / "agent.sock" for slot in range(nodes)}
-        if max(len(os.fsencode(socket)) for socket in inside.values()) <= _SOCKET_PATH_LIMIT:
-            return inside
-        return {slot: runtime_dir() / f"{job}-{slot}.sock" for slot in range(nodes)}
+        """Returns where the agent of each slot is found."""
+        return {slot: slot_socket(self.path, job, slot) for slot in range(nodes)}
 
     def template_socket(self, job: str) -> Path:
         """Returns where the import template listens."""
-        inside = self.path / "template.sock"
-        return inside if len(os.fsencode(inside)) <= _SOCKET_PATH_LIMIT else runtime_dir() / f"{job}-template.sock"
+        return _socket(self.path / "template.sock", f"{job}-template.sock")
 
     def write_secret(self) -> Path:
         """Draws the job's secret into a file that only this user reads."""
@@ -95,11 +95,24 @@ class RunDirectory:
         link.replace(runtime_dir() / "latest")
 
     def close(self) -> None:
-        """Removes the secret and gives the directory up; idempotent."""
+        """Removes the secret and the sockets and gives the directory up; idempotent."""
         if self.lock >= 0:
-            (self.path / "secret").unlink(missing_ok=True)
+            self._remove_remains()
             os.close(self.lock)
             self.lock = -1
+
+    def _remove_remains(self) -> None:
+        """Removes what only a live job needs; a launcher that was killed left it behind."""
+        (self.path / "secret").unlink(missing_ok=True)
+        (self.path / "etcd" / "pids.json").unlink(missing_ok=True)
+        for data in (self.path / "etcd").glob("data*"):
+            shutil.rmtree(data, ignore_errors=True)
+        for socket in [*self.path.glob("*.sock"), *self.path.glob("nodes/*/*.sock")]:
+            socket.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            job = json.loads((self.path / JOB_FILE).read_text())["job"]
+            for socket in runtime_dir().glob(f"{glob.escape(job)}-*.sock"):
+                socket.unlink(missing_ok=True)
 
     def _set_aside(self) -> None:
         old = [
@@ -114,6 +127,38 @@ class RunDirectory:
             place.mkdir(parents=True)
             for each in old:
                 each.rename(place / each.name)
+
+
+def slot_socket(run_dir: Path, job: str, slot: int) -> Path:
+    """Returns where the agent of a slot is found: a link to the socket of the machine that has it."""
+    return _socket(run_dir / "nodes" / str(slot) / "agent.sock", f"{job}-{slot}.sock")
+
+
+def machine_socket(run_dir: Path, job: str, name: str) -> Path:
+    """Returns where the agent of a machine listens."""
+    return _socket(run_dir / "nodes" / name / "machine.sock", f"{job}-machine-{name}.sock")
+
+
+def link_slot(run_dir: Path, job: str, slot: int, target: Path) -> None:
+    """Points a slot's well-known socket to the machine that has the slot now, in one step."""
+    link = slot_socket(run_dir, job, slot)
+    link.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fresh = link.with_name(f".{link.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    fresh.symlink_to(target)
+    fresh.replace(link)
+
+
+def unlink_slot(run_dir: Path, job: str, slot: int, target: Path) -> None:
+    """Removes the link of a slot if it still points to this machine."""
+    link = slot_socket(run_dir, job, slot)
+    with contextlib.suppress(OSError):
+        if os.readlink(link) == str(target):
+            link.unlink()
+
+
+def _socket(inside: Path, outside: str) -> Path:
+    """Picks a short place outside the run directory when the path inside is too long for a unix socket."""
+    return inside if len(os.fsencode(inside)) <= _SOCKET_PATH_LIMIT else runtime_dir() / outside
 
 
 def find_job(run_dir: Path | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ class Session:
         self._store, self._ttl_s, self._on_renewed = store, ttl_s, on_renewed
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="session", daemon=True)
-        self._renewed_at: float | None = None
+        self._trouble_at: float | None = None
         self.lease = 0
 
     def start(self) -> None:
@@ -51,9 +51,12 @@ class Session:
             with contextlib.suppress(StoreUnavailableError):
                 self._store.revoke(self.lease)
 
-    def lost_lately(self) -> bool:
-        """Says whether the lease was lost within the last three lease times: then others may have lost theirs too."""
-        return self._renewed_at is not None and time.monotonic() - self._renewed_at < 3 * self._ttl_s
+    def troubled_lately(self) -> bool:
+        """Says whether the lease was lost, or could not be renewed, within the last three lease times.
+
+        Then others may have lost theirs although they live.
+        """
+        return self._trouble_at is not None and time.monotonic() - self._trouble_at < 3 * self._ttl_s
 
     def _keep_alive(self) -> None:
         answering = True
@@ -63,12 +66,13 @@ class Session:
                     self._replace_lease()
                 answering = True
             except StoreUnavailableError as error:
+                self._trouble_at = time.monotonic()
                 if answering:
                     _log.warning("key-value store is away, training goes on without it: %s", error)
                 answering = False
 
     def _replace_lease(self) -> None:
         self.lease = self._store.grant(self._ttl_s)
-        self._renewed_at = time.monotonic()
+        self._trouble_at = time.monotonic()
         _log.warning("the lease on the key-value store had ended; opened another one")
         self._on_renewed(self.lease)

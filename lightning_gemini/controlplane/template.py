@@ -3,13 +3,14 @@
 With ``--local-nodes`` many machines share a host. Importing torch, lightning and deepspeed once, and not once a
 machine, saves time and memory, and a replacement machine is warm at once, as a standby machine would be.
 
-An agent sends one message: its end of a socket pair and the path of its pool's log. The fork server made for it serves
-that agent alone, and ends when the agent does.
+An agent sends one message: its end of a socket pair, its network namespace and the path of its pool's log. The fork
+server made for it serves that agent alone, in the agent's network, and ends when the agent does.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,8 @@ from lightning_gemini.controlplane.fork_server import preload, redirect_output, 
 from lightning_gemini.controlplane.processes import die_with_parent
 
 _MESSAGE_BYTES = 4096
+_NETWORK = "/proc/self/ns/net"
+_CLONE_NEWNET = 0x40000000
 
 
 def request_fork_server(template: Path, channel: socket.socket, log: Path) -> bool:
@@ -38,7 +41,9 @@ def request_fork_server(template: Path, channel: socket.socket, log: Path) -> bo
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             connection.connect(str(template))
-            socket.send_fds(connection, [json.dumps({"log": str(log)}).encode()], [channel.fileno()])
+            with open(_NETWORK, "rb") as network:
+                descriptors = [channel.fileno(), network.fileno()]
+                socket.send_fds(connection, [json.dumps({"log": str(log)}).encode()], descriptors)
         except OSError:
             return False
     return True
@@ -69,16 +74,20 @@ class Template:
         while True:
             connection, _ = self._listener.accept()
             with connection:
-                message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 1)
-            if not descriptors:
+                message, descriptors, _, _ = socket.recv_fds(connection, _MESSAGE_BYTES, 2)
+            if len(descriptors) < 2:
                 continue
-            channel = socket.socket(fileno=descriptors[0])
+            channel, network = socket.socket(fileno=descriptors[0]), descriptors[1]
             if os.fork() == 0:
-                self._become_fork_server(channel, json.loads(message)["log"], seconds, warnings)
+                self._become_fork_server(channel, network, json.loads(message)["log"], seconds, warnings)
             channel.close()
+            os.close(network)
 
-    def _become_fork_server(self, channel: socket.socket, log: str, seconds: float, warnings: list[str]) -> NoReturn:
+    def _become_fork_server(
+        self, channel: socket.socket, network: int, log: str, seconds: float, warnings: list[str]
+    ) -> NoReturn:
         try:
+            _enter_network(network)
             os.setsid()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._listener.close()
@@ -86,6 +95,15 @@ class Template:
             serve_agent(channel, seconds, warnings)
         finally:
             os._exit(0)
+
+
+def _enter_network(descriptor: int) -> None:
+    """Moves this process, while it has one thread, to a network namespace; needs root where that is another one."""
+    if os.fstat(descriptor).st_ino != os.stat(_NETWORK).st_ino:
+        kernel = ctypes.CDLL(None, use_errno=True)
+        if kernel.setns(descriptor, _CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), "cannot enter the agent's network namespace: be root")
+    os.close(descriptor)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ class WorkerPlace:
     master_port: int
     agent_socket: Path
     run_dir: Path
+    name: str = ""
+    domain: str = ""
+    interface: str | None = None
 
     def rank(self, local_rank: int) -> int:
         """Global rank of a local one."""
@@ -50,7 +54,15 @@ class WorkerPlace:
             "LIGHTNING_GEMINI_GENERATION": str(self.generation),
             "LIGHTNING_GEMINI_NODE": str(self.machine),
             "LIGHTNING_GEMINI_RUN_DIR": str(self.run_dir),
+            "LIGHTNING_GEMINI_MACHINE": self.name,
+            "LIGHTNING_GEMINI_DOMAIN": self.domain,
+            **self._interfaces(),
         }
+
+    def _interfaces(self) -> dict[str, str]:
+        """Left alone, libraries may pick an interface that no other machine can reach; the user's own word wins."""
+        names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+        return {name: self.interface for name in names if self.interface and name not in os.environ}
 
     def log_path(self, local_rank: int) -> Path:
         """File of the worker's standard output and error; later generations append to it."""

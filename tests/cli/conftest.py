@@ -101,3 +101,19 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         if run.process.poll() is None:
             run.process.send_signal(signal.SIGTERM)
             run.process.wait(20)
+
+
+@pytest.fixture
+def watch() -> Iterator[Callable[[Run], Any]]:
+    """Opens the store of a run; see `tests.cli.watched.Watched`."""
+    from tests.cli.watched import Watched
+
+    opened: list[Watched] = []
+
+    def begin(run: Run) -> Watched:
+        opened.append(Watched(run))
+        return opened[-1]
+
+    yield begin
+    for each in opened:
+        each.close()

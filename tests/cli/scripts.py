@@ -37,3 +37,24 @@ import os, sys, time
 while not os.path.exists(sys.argv[1]):
     time.sleep(0.05)
 """
+
+WRITER = """
+import os, sys, time
+from pathlib import Path
+from lightning_gemini.controlplane.agent_client import AgentClient
+from lightning_gemini.core.recovery import VersionId
+rank, generation = int(os.environ["RANK"]), int(os.environ["LIGHTNING_GEMINI_GENERATION"])
+agent = AgentClient(Path(os.environ["LIGHTNING_GEMINI_AGENT"]), os.environ["LIGHTNING_GEMINI_JOB"])
+agent.join(rank, 2, "mixed")
+slab, step = agent.attach(5000), 100 * generation
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.05)
+    step += 1
+    buffer = slab.buffers[step % 2]
+    buffer.begin(VersionId(generation, step), 5000)
+    buffer.data[:5000] = bytes([step % 256]) * 5000
+    buffer.seal(5000)
+    buffer.complete()
+    slab.buffers[0].report_progress(step)
+    agent.notify()
+"""

@@ -29,6 +29,11 @@ def script(tmp_path: Path) -> str:
         (["--max-failures", "-1"], "--max-failures must be 0 or more"),
         (["--etcd", "127.0.0.1:1"], "no etcd answers at 127.0.0.1:1"),
         (["--etcd", "nowhere"], "HOST:PORT"),
+        (["--standby", "-1"], "--standby must be 0 or more, got -1"),
+        (["--etcd-members", "2"], "--etcd-members must be 1 or 3, got 2"),
+        (["--operator", "cloud"], "operator must be one of aws, command, kubernetes, local, slurm, got 'cloud'"),
+        (["--operator", "command,pools=3"], "operator command has no setting 'pools'; it has: name, command"),
+        (["--operator", "command,command=sleep 9"], "{agent} must stand where the agent is to be started"),
         (["--run-dir", "/proc/no"], "cannot write the run directory"),
     ],
 )

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from lightning_gemini.controlplane.failure import classify
-from lightning_gemini.controlplane.membership import Member
+from lightning_gemini.controlplane.membership import Assignment
 from lightning_gemini.controlplane.orders import (
-    REPORT,
-    START,
-    Order,
     Outcome,
     RankExit,
-    Report,
     answer_to_json,
     order_from_json,
     order_to_json,
@@ -26,182 +22,44 @@ from lightning_gemini.controlplane.orders import (
 from lightning_gemini.controlplane.root import Phase, RootState, rebuild, step
 from lightning_gemini.controlplane.root_events import (
     Announce,
+    Assign,
+    Assigned,
     Event,
+    Evicted,
     Finish,
-    JobShape,
+    GiveUp,
+    JobEnded,
     MemberJoined,
     MemberLost,
     PutOrder,
     Reported,
-    RequestReplacement,
+    SpareJoined,
+    SpareLost,
     Tick,
     WorkersEnded,
 )
 from lightning_gemini.core.recovery import Tier, VersionId
-
-NODES = 2
-SHAPE = JobShape(NODES, 1, max_failures_without_progress=100)
+from tests.controlplane.root_world import NODES, SHAPE, Machine, World, explore, member, report, spare
 
 
-def member(slot: int, life: int = 0) -> Member:
-    return Member(slot, "127.0.0.1", 7000 + slot, 100 + slot, f"{slot}.{life}")
-
-
-def report(slot: int, generation: int, life: int = 0, exits: tuple[RankExit, ...] = (), **memory: Any) -> Report:
-    return Report(slot, generation, f"{slot}.{life}", 9000, {"machine": slot, "holdings": [], **memory}, exits)
-
-
-@dataclass(frozen=True)
-class Agent:
-    """What one simulated machine has done: its newest order, and whether its workers run, ended well or badly."""
-
-    life: int
-    obeyed: tuple[int, bool] = (0, False)
-    workers: str = "none"
-
-
-@dataclass(frozen=True)
-class World:
-    """The store's content is `order` and the answers; `queues` hold what the root was not told yet, by slot."""
-
-    root: RootState
-    agents: tuple[Agent | None, ...]
-    queues: tuple[tuple[Event, ...], ...]
-    failures_left: int
-    takeovers_left: int
-    lives: tuple[int, ...] = (0,) * NODES
-    result: bool | None = None
-
-    @property
-    def order(self) -> Order | None:
-        return self.root.order
-
-    def key(self) -> Any:
-        root = self.root
-        seen = (root.phase, order_to_json(root.order) if root.order else "", tuple(sorted(root.members)))
-        answers = (tuple(sorted(root.reports)), tuple(sorted(root.finished)), tuple(sorted(root.awaited)))
-        rest = (self.agents, repr(self.queues), self.failures_left, self.takeovers_left, self.result)
-        return seen, tuple(m.incarnation for m in root.members.values()), answers, rest
-
-
-def put(values: tuple[Any, ...], slot: int, value: Any) -> tuple[Any, ...]:
-    return (*values[:slot], value, *values[slot + 1 :])
-
-
-def say(world: World, slot: int, event: Event) -> World:
-    return replace(world, queues=put(world.queues, slot, (*world.queues[slot], event)))
-
-
-def apply(world: World, state: RootState, actions: tuple[Any, ...]) -> World:
-    newest = world.root.order.rank if world.root.order else (0, False)
-    for action in actions:
-        match action:
-            case PutOrder(order):
-                assert order.rank > newest, "orders only ever get newer"
-                newest = order.rank
-                if order.phase == START:
-                    check_nobody_runs(world, order)
-            case Finish(success, _):
-                world = replace(world, result=success)
-    return replace(world, root=state)
-
-
-def check_nobody_runs(world: World, order: Order) -> None:
-    """No worker of an older generation may run when the next starts: its replicas would mix with the new ones."""
-    for slot, agent in enumerate(world.agents):
-        if agent is not None and f"{slot}.{agent.life}" == order.members[slot].incarnation:
-            assert agent.obeyed == (order.generation, False)
-            assert agent.workers == "none"
-
-
-def agent_moves(world: World, slot: int, agent: Agent) -> Iterator[World]:
-    order = world.order
-    mine = order is not None and any(m.incarnation == f"{slot}.{agent.life}" for m in order.members)
-    if order is not None and mine and order.rank > agent.obeyed:
-        if order.phase == REPORT:
-            obeyed = replace(agent, obeyed=order.rank, workers="none")
-            answer: Event = Reported(report(slot, order.generation, agent.life), 0.0)
-            yield say(replace(world, agents=put(world.agents, slot, obeyed)), slot, answer)
-        else:
-            running = replace(agent, obeyed=order.rank, workers="running")
-            yield replace(world, agents=put(world.agents, slot, running))
-    if agent.workers == "running":
-        outcome = Outcome(slot, agent.obeyed[0], f"{slot}.{agent.life}", finished=True)
-        done = replace(world, agents=put(world.agents, slot, replace(agent, workers="good")))
-        yield say(done, slot, WorkersEnded(outcome, 0.0))
-        if world.failures_left:
-            exits = (RankExit(slot, 1, None, "SIGKILL", 0.0),)
-            failed = replace(done, failures_left=world.failures_left - 1)
-            failed = replace(failed, agents=put(world.agents, slot, replace(agent, workers="bad")))
-            yield say(failed, slot, WorkersEnded(replace(outcome, finished=False, exits=exits), 0.0))
-    if world.failures_left:
-        killed = replace(world, agents=put(world.agents, slot, None), failures_left=world.failures_left - 1)
-        yield say(killed, slot, MemberLost(slot, 0.0))
-
-
-def moves(world: World) -> Iterator[World]:
-    for slot in range(NODES):
-        if world.queues[slot]:
-            event, *rest = world.queues[slot]
-            rested = replace(world, queues=put(world.queues, slot, tuple(rest)))
-            yield apply(rested, *step(world.root, event))
-        agent = world.agents[slot]
-        if agent is not None:
-            yield from agent_moves(world, slot, agent)
-        else:  # its lease is over: the launcher starts another one
-            life = world.lives[slot] + 1
-            reborn = replace(world, agents=put(world.agents, slot, Agent(life)), lives=put(world.lives, slot, life))
-            yield say(reborn, slot, MemberJoined(member(slot, life), 0.0))
-    if world.takeovers_left:
-        yield take_over(world)
-
-
-def take_over(world: World) -> World:
-    """A new root sees the store as it is: what the agents wrote, and no member whose agent is dead."""
-    now = 5.0
-    found: list[Event] = []
-    for slot, agent in enumerate(world.agents):
-        named = world.order is not None
-        if agent is None:
-            found += [MemberLost(slot, now)] if named else []
-        else:
-            found.append(MemberJoined(member(slot, agent.life), now))
-    for slot, agent in enumerate(world.agents):
-        if agent is not None and agent.workers in ("good", "bad"):
-            exits = (RankExit(slot, 1, None, "SIGKILL", 0.0),) if agent.workers == "bad" else ()
-            outcome = Outcome(slot, agent.obeyed[0], f"{slot}.{agent.life}", agent.workers == "good", exits)
-            found.append(WorkersEnded(outcome, now))
-        if agent is not None and agent.obeyed[0] and not agent.obeyed[1]:
-            found.append(Reported(report(slot, agent.obeyed[0], agent.life), now))
-    old = replace(world, queues=((),) * NODES, takeovers_left=world.takeovers_left - 1)
-    if world.result is not None:
-        return old
-    return apply(old, *rebuild(SHAPE, world.order, found, {}))
-
-
-def explore(start: World) -> tuple[int, int]:
-    """Visits every reachable world; returns how many there are, and how many of them are ends."""
-    seen, frontier, ends = {start.key()}, [start], 0
-    while frontier:
-        world = frontier.pop()
-        quiet = replace(world, failures_left=0, takeovers_left=0)
-        if not any(True for _ in moves(quiet)):
-            assert world.result is True, f"the job is stuck: {world.root.phase} {world.agents} {world.queues}"
-            ends += 1
-        for following in moves(world):
-            key = following.key()
-            if key not in seen:
-                seen.add(key)
-                frontier.append(following)
-    return len(seen), ends
-
-
-@pytest.mark.parametrize(("failures", "takeovers"), [(0, 0), (2, 0), (1, 1), (2, 1)])
-def test_every_order_of_events_ends_with_the_job_done(failures: int, takeovers: int) -> None:
-    queues = tuple((MemberJoined(member(slot), 0.0),) for slot in range(NODES))
-    start = World(RootState(SHAPE), tuple(Agent(0) for _ in range(NODES)), queues, failures, takeovers)
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"kills": 1, "crashes": 1},
+        {"kills": 1, "standby": 1, "takeovers": 1},
+        {"blips": 1, "standby": 1},
+        {"blips": 1, "takeovers": 1},
+        {"takeovers": 2, "crashes": 1},
+    ],
+    ids=lambda limits: "-".join(f"{count}{name}" for name, count in limits.items()) or "calm",
+)
+def test_every_order_of_events_ends_with_the_job_done(limits: dict[str, int]) -> None:
+    began = time.monotonic()
+    joins: tuple[Event, ...] = tuple(SpareJoined(spare(number), 0.0) for number in range(NODES))
+    start = World(RootState(SHAPE), tuple(Machine(number) for number in range(NODES)), joins, **limits)
     worlds, ends = explore(start)
-    print(f"{worlds} worlds, {ends} ends")
+    print(f"{worlds} worlds, {ends} ends, {time.monotonic() - began:.1f} s")
     assert ends
 
 
@@ -223,7 +81,7 @@ def running(failures_allowed: int = 3, **memory: Any) -> RootState:
 
 
 def killed(slot: int, generation: int) -> WorkersEnded:
-    return WorkersEnded(Outcome(slot, generation, f"{slot}.0", exits=(RankExit(slot, 7, None, "SIGKILL", 3.0),)), 3.0)
+    return WorkersEnded(Outcome(slot, generation, f"i{slot}", exits=(RankExit(slot, 7, None, "SIGKILL", 3.0),)), 3.0)
 
 
 def test_a_start_order_carries_the_plan_made_from_the_reports() -> None:
@@ -238,7 +96,7 @@ def test_a_start_order_carries_the_plan_made_from_the_reports() -> None:
     assert order.plan.tiers == (Tier.LOCAL_MEMORY, Tier.REMOTE_MEMORY)
     assert [(fetch.owner, fetch.source, fetch.target) for fetch in order.plan.fetches] == [(1, 0, 1)]
     assert order.master_port == 9000
-    assert order.running == {0: "0.0", 1: "1.0"}
+    assert order.running == {0: "i0", 1: "i1"}
     assert order.failures == 0
 
 
@@ -257,7 +115,7 @@ def test_failures_without_a_new_step_are_counted_and_end_the_job() -> None:
 
 
 def test_a_fatal_report_ends_the_job_at_once() -> None:
-    state, actions = run(running(), WorkersEnded(Outcome(1, 1, "1.0", fatal="rank 1 refuses: wrong layout"), 3.0))
+    state, actions = run(running(), WorkersEnded(Outcome(1, 1, "i1", fatal="rank 1 refuses: wrong layout"), 3.0))
     assert state.phase is Phase.DONE
     assert actions == [Finish(False, "rank 1 refuses: wrong layout")]
     assert step(state, killed(0, 1)) == (state, ())
@@ -265,14 +123,15 @@ def test_a_fatal_report_ends_the_job_at_once() -> None:
 
 def test_answers_of_older_generations_and_dead_incarnations_change_nothing() -> None:
     state = running()
-    stale = WorkersEnded(Outcome(0, 0, "0.0", finished=True), 3.0)
-    stranger = WorkersEnded(Outcome(0, 1, "0.9", finished=True), 3.0)
+    stale = WorkersEnded(Outcome(0, 0, "i0", finished=True), 3.0)
+    stranger = WorkersEnded(Outcome(0, 1, "i9", finished=True), 3.0)
     assert run(state, stale, stranger, Reported(report(0, 1), 3.0), Tick(9.0)) == (state, [])
 
 
-def test_a_new_root_waits_for_members_whose_lease_the_store_dropped() -> None:
+def test_members_whose_lease_the_store_dropped_are_awaited() -> None:
     before = running()
-    state, actions = rebuild(SHAPE, before.order, [MemberJoined(member(0), 10.0)], {1: 12.0})
+    found = [MemberLost(1, 10.0, grace_s=2.0), MemberJoined(member(0), 10.0)]
+    state, actions = rebuild(SHAPE, before.order, found, 10.0)
     assert state.phase is Phase.RUNNING
     assert actions == ()
     back, actions = run(state, Tick(11.0), MemberJoined(member(1), 11.5), Tick(13.0))
@@ -280,7 +139,93 @@ def test_a_new_root_waits_for_members_whose_lease_the_store_dropped() -> None:
     assert actions == []
     lost, actions = run(state, Tick(12.5))
     assert lost.phase is Phase.GATHERING
-    assert actions == [RequestReplacement(1, "1.0")]
+    assert actions == [GiveUp(1, "machine-1", "i1")]
+
+
+def test_a_member_that_comes_back_was_never_away() -> None:
+    before = running()
+    state, actions = run(before, MemberLost(1, 9.0))
+    assert (state.phase, actions) == (Phase.GATHERING, [GiveUp(1, "machine-1", "i1")])
+    back, actions = run(state, MemberJoined(member(1), 9.5))
+    assert (back.phase, back.order, back.lost_at, actions) == (Phase.RUNNING, before.order, None, [])
+    # Not so when its peers could not go on without it meanwhile.
+    failed, actions = run(state, killed(0, 1), MemberJoined(member(1), 9.5))
+    assert failed.phase is Phase.REPORTING
+    assert [action.order.generation for action in actions] == [2]
+
+
+def test_a_standby_takes_a_vacant_slot_at_once_and_a_late_return_revokes_it() -> None:
+    state, _ = run(running(), SpareJoined(spare(2), 8.0))
+    state, actions = run(state, MemberLost(1, 9.0))
+    assert actions[1:] == [Assign(1, Assignment("machine-2", "i2"))]
+    taken, actions = run(state, MemberJoined(member(1, 2), 9.1), SpareLost("machine-2", 9.1))
+    assert taken.phase is Phase.REPORTING
+    assert [type(action) for action in actions] == [PutOrder]
+    returned, actions = run(state, MemberJoined(member(1), 9.1))
+    assert returned.phase is Phase.RUNNING
+    assert actions == [Assign(1, None)]
+    assert list(returned.spares) == ["machine-2"]
+
+
+def test_an_assigned_spare_that_dies_is_replaced_by_another_or_by_nobody() -> None:
+    state, _ = run(running(), SpareJoined(spare(2), 8.0), SpareJoined(spare(10), 8.0), MemberLost(1, 9.0))
+    state, actions = run(state, SpareLost("machine-2", 9.1))
+    assert actions == [Assign(1, Assignment("machine-10", "i10"))]
+    state, actions = run(state, SpareLost("machine-10", 9.2))
+    assert actions == [Assign(1, None)]
+    state, actions = run(state, SpareJoined(spare(11), 9.3))
+    assert actions == [Assign(1, Assignment("machine-11", "i11"))]
+
+
+def test_first_slots_follow_domains_and_names_and_wait_until_there_are_enough() -> None:
+    state = RootState(replace(SHAPE, nodes=3))
+    state, actions = run(state, SpareJoined(spare(10), 1.0), SpareJoined(spare(9), 1.0))
+    assert actions == []
+    _, actions = run(state, SpareJoined(spare(0), 1.0))
+    assert [action.assignment.name for action in actions] == ["machine-0", "machine-9", "machine-10"]
+    _, actions = run(state, SpareJoined(spare(11, domain="a"), 1.0))
+    assert [action.assignment.name for action in actions] == ["machine-9", "machine-10", "machine-11"]
+    racks = [SpareJoined(spare(number, domain), 1.0) for number, domain in ((0, "b"), (1, "a"), (2, "b"))]
+    _, actions = run(RootState(replace(SHAPE, nodes=3)), *racks)
+    assert [action.assignment.name for action in actions] == ["machine-1", "machine-0", "machine-2"]
+
+
+def test_a_replacement_comes_from_the_failure_domain_of_its_predecessor() -> None:
+    state = RootState(SHAPE)
+    joins = [MemberJoined(member(slot, domain=domain), 1.0) for slot, domain in enumerate("ab")]
+    state, _ = run(state, *joins, *(Reported(report(slot, 1), 2.0) for slot in range(NODES)))
+    state, _ = run(state, SpareJoined(spare(2, "a"), 3.0), SpareJoined(spare(3, "b"), 3.0))
+    _, actions = run(state, MemberLost(1, 4.0))
+    assert actions[-1] == Assign(1, Assignment("machine-3", "i3"))
+
+
+def test_a_new_root_honours_what_its_predecessor_assigned() -> None:
+    before = running()
+    found = [MemberLost(1, 9.0), MemberJoined(member(0), 9.0), SpareJoined(spare(2), 9.0), SpareJoined(spare(3), 9.0)]
+    state, actions = rebuild(SHAPE, before.order, [Assigned(1, Assignment("machine-3", "i3"), 9.0), *found], 9.0)
+    assert [action for action in actions if isinstance(action, Assign)] == []
+    assert state.assigned == {1: Assignment("machine-3", "i3")}
+    _, actions = rebuild(SHAPE, before.order, [Assigned(1, Assignment("machine-9", "i9"), 9.0), *found], 9.0)
+    assert actions[-1] == Assign(1, Assignment("machine-2", "i2"))
+
+
+def test_members_that_live_but_answer_no_order_are_given_up() -> None:
+    state, _ = run(running(), SpareJoined(spare(2), 3.0), killed(0, 1), Reported(report(0, 2), 4.0))
+    state, actions = run(state, Tick(32.9))
+    assert actions == []
+    state, actions = run(state, Tick(33.1))
+    assert actions == [GiveUp(1, "machine-1", "i1", evict=True), Assign(1, Assignment("machine-2", "i2"))]
+    # It does not count any more, whatever it says, and the next root knows that from the store.
+    state, actions = run(state, MemberJoined(member(1), 34.0), Reported(report(1, 2), 34.0), MemberLost(1, 35.0))
+    assert (state.phase, actions) == (Phase.GATHERING, [])
+    found = [Evicted(1, "i1", 36.0), MemberJoined(member(0), 36.0), MemberJoined(member(1), 36.0)]
+    state, actions = rebuild(SHAPE, state.order, found, 36.0)
+    assert (state.phase, list(state.members), actions) == (Phase.GATHERING, [0], ())
+
+
+def test_a_job_that_somebody_ended_stays_ended() -> None:
+    state, actions = run(running(), JobEnded(3.0), MemberLost(1, 3.1), MemberLost(0, 3.2))
+    assert (state.phase, actions) == (Phase.DONE, [])
 
 
 def test_memory_of_another_shape_ends_the_job_with_the_reason() -> None:
@@ -300,10 +245,10 @@ def test_the_killed_rank_is_the_cause_and_not_its_peers_that_exited() -> None:
 
 
 def test_lost_machines_come_before_everything() -> None:
-    state, _ = run(running(), killed(0, 1), MemberLost(1, 4.0), MemberJoined(member(1, life=1), 5.0))
+    state, _ = run(running(), killed(0, 1), MemberLost(1, 4.0), MemberJoined(member(1, 2), 5.0))
     generation = state.generation
     exits = (RankExit(0, 7, 1, None, 3.0),)
-    answers = [Reported(report(0, generation, exits=exits), 6.0), Reported(report(1, generation, life=1), 6.0)]
+    answers = [Reported(report(0, generation, exits=exits), 6.0), Reported(report(1, generation, 2), 6.0)]
     state, actions = run(state, *answers)
     failure = next(action.failure for action in actions if isinstance(action, Announce))
     assert (failure.kind, failure.nodes_lost, failure.time) == ("hardware", (1,), 4.0)
@@ -315,5 +260,5 @@ def test_messages_survive_the_store() -> None:
     assert order_from_json(order_to_json(state.order)) == state.order
     answer = report(0, 2, exits=(RankExit(0, 7, None, "SIGKILL", 3.0),))
     assert report_from_json(answer_to_json(answer)) == answer
-    outcome = Outcome(0, 2, "0.0", fatal="no")
+    outcome = Outcome(0, 2, "i0", fatal="no")
     assert outcome_from_json(answer_to_json(outcome)) == outcome

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 AGENT_VARIABLE = "LIGHTNING_GEMINI_AGENT"
 GENERATION_VARIABLE = "LIGHTNING_GEMINI_GENERATION"
+DOMAIN_VARIABLE = "LIGHTNING_GEMINI_DOMAIN"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,11 @@ class PeerMemory:
     def __init__(self, config: CheckpointConfig, identity: RankIdentity, group: RankGroup) -> None:
         self._config, self.identity, self._group = config, identity, group
         self.replicas = config.replicas_for(identity.machines)
-        self.placement: Placement = plan_placement(identity.machines, self.replicas, config.placement)
+        self._domains = config.domains
+        if config.placement == "rack" and self._domains is None:
+            named = group.gather(os.environ.get(DOMAIN_VARIABLE, ""))
+            self._domains = tuple(named[:: identity.nproc_per_machine])
+        self.placement: Placement = plan_placement(identity.machines, self.replicas, config.placement, self._domains)
         self.generation = 0
         self.launched = AGENT_VARIABLE in os.environ  # by `lightning-gemini run`, which also ends the agent
         self._client: AgentClient | None = None
@@ -119,7 +124,7 @@ class PeerMemory:
         self.client.set_peers(self.generation, self.identity.nproc_per_machine, addresses)
 
     def _join(self) -> None:
-        self.client.join(self.identity.global_rank, self.replicas, self._config.placement)
+        self.client.join(self.identity.global_rank, self.replicas, self._config.placement, self._domains)
 
     def _together(self, action: Any) -> None:
         """Do something local on every rank; where it fails on one, fail on all, before anybody waits for the other."""

@@ -58,6 +58,8 @@ class VersionPublisher:
         self._generation, self._replicated, self._commit_wait_s = generation, replicated, commit_wait_s
         self.newest: VersionId | None = resumed or declined
         self.committed: VersionId | None = declined
+        if declined is not None:
+            slab.note_committed(declined)
         self.skipped = 0
         self._snapshot: Snapshot | None = None
         self._failed = False
@@ -90,6 +92,7 @@ class VersionPublisher:
         self._exchange = None
         if lowest == self.newest.version:
             self.committed = self.newest
+            self._slab.note_committed(self.newest)
             self.persist_wished, self._wish = bool(wish), False
             self._record(self._snapshot)
         elif lowest == _FAILED:
@@ -154,6 +157,9 @@ class VersionPublisher:
                 self._failed = True
             elif self._is_complete(self.newest):
                 return self.newest.version
+            elif self._is_lost(self.newest):
+                log.warning("version %d failed: this rank's copy was damaged in memory", self.newest.version)
+                self._failed = True
             elif time.monotonic() > deadline:
                 return _PENDING
             else:
@@ -163,6 +169,11 @@ class VersionPublisher:
     def _is_complete(self, version: VersionId) -> bool:
         buffer = self._slab.holding(version)
         return buffer is not None and (not self._replicated or buffer.acked == version)
+
+    def _is_lost(self, version: VersionId) -> bool:
+        """Whether what was complete here is not any more: nobody may wait for it."""
+        written = self._snapshot is None or self._snapshot.done
+        return written and self._slab.holding(version) is None
 
     def _record(self, snapshot: Snapshot | None) -> None:
         if snapshot is None:  # the version that training resumed from

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from lightning_gemini.core.recovery import VersionId
 
-__all__ = ["BufferView", "newest_complete", "superseded", "writable_buffer"]
+__all__ = [
+    "BufferView",
+    "ReplicaPlace",
+    "newest_complete",
+    "replica_place",
+    "retrieval_place",
+    "superseded",
+    "writable_buffer",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,64 @@ def writable_buffer(buffers: tuple[BufferView, BufferView], committed: VersionId
     """
     free = [index for index, buffer in enumerate(buffers) if not _protected(buffer, committed)]
     return min(free, key=lambda index: _age(buffers[index]), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaPlace:
+    """Where a holder lets a replica go.
+
+    Attributes:
+        index: The buffer, 0 or 1; ``None``: the replica must be refused.
+        given_up: Buffers whose versions all ranks gave up; they are to be invalidated first, whatever ``index`` is.
+    """
+
+    index: int | None
+    given_up: tuple[int, ...] = ()
+
+
+def replica_place(buffers: tuple[BufferView, BufferView], version: VersionId, kept: VersionId | None) -> ReplicaPlace:
+    """Picks the buffer of a holder that an incoming replica may overwrite.
+
+    A holder does not know what is committed. It keeps its newest complete version, and what lies between ``kept`` and
+    the incoming one cannot be that: the owner would not have begun another version before it was committed or given up.
+    Without that the common version would be overwritten and the one that was given up be kept.
+
+    Nothing makes room for a version older than itself: that would be a message from long ago.
+
+    Args:
+        buffers: The replica's two buffers; none of them holds ``version`` completely.
+        version: The incoming version.
+        kept: The version that its owner knows to be committed, where that is older.
+    """
+    given_up = tuple(
+        index
+        for index, buffer in enumerate(buffers)
+        if kept is not None and buffer.id is not None and kept < buffer.id < version
+    )
+    left = tuple(BufferView(None, False) if index in given_up else buffer for index, buffer in enumerate(buffers))
+    index = writable_buffer((left[0], left[1]), newest_complete(left))
+    if index is not None and left[index].complete and (held := left[index].id) is not None and held > version:
+        index = None
+    return ReplicaPlace(index, given_up)
+
+
+def retrieval_place(buffers: tuple[BufferView, BufferView], version: VersionId, *, own: bool) -> int | None:
+    """Picks the buffer that a shard may overwrite which everybody is about to load.
+
+    What is newer is worthless then, see `superseded`, and makes room before what is older: that is the version to fall
+    back to as long as ``version`` is not on all its holders again.
+
+    Args:
+        buffers: The slab's two buffers.
+        version: The version that everybody is about to load.
+        own: Whether the shard is this machine's own, which its worker cannot do without. For a peer's replica nothing
+            complete and older is overwritten: a holder does not know which of them was committed and which was given
+            up. Its owner does, and sends it again.
+    """
+    worthless = superseded(buffers, version)
+    left = tuple(BufferView(None, False) if index in worthless else buffer for index, buffer in enumerate(buffers))
+    index = writable_buffer((left[0], left[1]), newest_complete(left))
+    return None if index is not None and left[index].complete and not own else index
 
 
 def superseded(buffers: Sequence[BufferView], loaded: VersionId | None) -> tuple[int, ...]:

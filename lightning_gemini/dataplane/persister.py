@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -34,6 +34,7 @@ _TAG = re.compile(r"global_step(\d+)(?:\.(\d+))?$")
 _OTHERS_TIMEOUT_S = 600.0
 _POLL_S = 0.05
 _PREVIOUS_TIMEOUT_S = 1.0
+_ABORT_TIMEOUT_S = 5.0
 
 FilesOf = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 
@@ -41,6 +42,10 @@ FilesOf = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
 def rank_file(rank: int) -> str:
     """Name of the file with what DeepSpeed does not keep of a rank: RNG, data position, buffers."""
     return f"gemini_rank_{rank:05d}.pt"
+
+
+def _failure_mark(rank: int) -> str:
+    return f"gemini_rank_{rank:05d}.failed"
 
 
 class Persister:
@@ -60,6 +65,7 @@ class Persister:
         self.directory = directory
         self._rank, self._world_size, self._files_of, self._scripts = rank, world_size, files_of, scripts
         self._thread: threading.Thread | None = None
+        self._ending = threading.Event()
         self.last: int | None = None
         self.failures = 0
 
@@ -75,13 +81,19 @@ class Persister:
         self._thread.start()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Give a checkpoint that is being written a last chance to finish."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+        """Give a checkpoint that is being written a last chance to finish, then give it up."""
+        if self._thread is None:
+            return
+        self._thread.join(timeout_s)
+        if self.busy:  # a thread that still writes when the interpreter ends takes the process down with it
+            self._ending.set()
+            self._thread.join(_ABORT_TIMEOUT_S)
 
     def discard_abandoned(self, before: int | None = None) -> None:
         """Remove what earlier attempts left: all of them before training, later those at steps up to ``before``."""
-        if self._rank == 0:
+        if self._rank != 0:
+            return
+        with contextlib.suppress(OSError):
             for abandoned in self.directory.glob(".global_step*.tmp"):
                 # Other ranks may be writing a newer version already.
                 if before is None or int(abandoned.name.removeprefix(".global_step").split(".")[0]) <= before:
@@ -104,6 +116,8 @@ class Persister:
             _wait_for(previous)
             self._write(version, stable, volatile)
             self.last = version.version
+            if self.failures:
+                log.warning("version %d: rank %d persists again, after %d failures", *self._recovered(version))
             if self._rank == 0:
                 log.info("version %d persisted in %.1f s", version.version, time.monotonic() - began)
         except Exception as error:  # whatever it was, training must go on
@@ -118,6 +132,10 @@ class Persister:
                     self.failures,
                 )
 
+    def _recovered(self, version: VersionId) -> tuple[int, int, int]:
+        failures, self.failures = self.failures, 0  # the next one is news again
+        return version.version, self._rank, failures
+
     def _read(self, buffer: Buffer, version: VersionId) -> tuple[dict[str, Any], dict[str, Any]]:
         """Take a private copy at once: the buffer will be needed again two versions later."""
         private = memoryview(bytearray(buffer.data[: buffer.data_bytes]))
@@ -130,6 +148,7 @@ class Persister:
         tag = f"global_step{version.version}"
         # The generation keeps an attempt that died apart from the one that follows.
         work = self.directory / f".{tag}.{version.generation}.tmp"
+        self.discard_abandoned(before=version.version - 1)  # on a full disk, what failed before takes the room
         try:
             self._write_files(work, stable, volatile)
             if self._rank == 0:
@@ -137,26 +156,33 @@ class Persister:
         except BaseException:
             if self._rank == 0:
                 shutil.rmtree(work, ignore_errors=True)  # a full disk would stay full
+            else:
+                with contextlib.suppress(OSError):
+                    (work / _failure_mark(self._rank)).touch()  # rank 0 need not wait
             raise
 
     def _write_files(self, work: Path, stable: dict[str, Any], volatile: dict[str, Any]) -> None:
         work.mkdir(parents=True, exist_ok=True)
         for name, content in self._files_of(stable, volatile).items():
-            _save(content, work / name)
+            self._save(content, work / name)
         # Last, as the sign that this rank's other files are whole.
-        _save(
+        self._save(
             {"volatile": volatile, "constant": stable["constant"], "world_size": self._world_size},
             work / rank_file(self._rank),
         )
 
     def _finish(self, tag: str, work: Path) -> None:
         deadline = time.monotonic() + _OTHERS_TIMEOUT_S
-        while missing := [rank for rank in range(self._world_size) if not (work / rank_file(rank)).exists()]:
+        ranks = range(self._world_size)
+        while missing := [rank for rank in ranks if not (work / rank_file(rank)).exists()]:
+            if failed := [rank for rank in missing if (work / _failure_mark(rank)).exists()]:
+                raise PersistError(f"ranks {failed} could not write their files")
             if time.monotonic() > deadline:
                 raise PersistError(f"ranks {missing} wrote nothing within {_OTHERS_TIMEOUT_S:.0f} s")
-            time.sleep(_POLL_S)
+            if self._ending.wait(_POLL_S):
+                raise PersistError(f"the run ended before ranks {missing} wrote their files")
         for script in self._scripts:
-            shutil.copy(script, self.directory / script.name)
+            _provide(script, self.directory / script.name)
         _sync_directory(work)
         final = _unused(self.directory / tag)
         work.rename(final)
@@ -166,6 +192,29 @@ class Persister:
             if not (old / FINISHED).exists():
                 shutil.rmtree(old, ignore_errors=True)
         self.discard_abandoned(before=int(tag.removeprefix("global_step")))
+
+    def _save(self, content: Any, path: Path) -> None:
+        temporary = path.with_name(path.name + ".part")
+        with open(temporary, "wb") as stream:
+            torch.save(content, _UntilTheEnd(stream, self._ending))
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+
+
+class _UntilTheEnd:
+    """A file that takes nothing more when the run ends; what ``torch.save`` needs of one."""
+
+    def __init__(self, stream: BinaryIO, ending: threading.Event) -> None:
+        self._stream, self._ending = stream, ending
+
+    def write(self, data: Any) -> int:
+        if self._ending.is_set():
+            raise PersistError("the run ended before it was written")
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def _wait_for(previous: threading.Thread | None) -> None:
@@ -232,14 +281,21 @@ def _latest(directory: Path) -> Path | None:
 def is_finished(directory: Path) -> bool:
     """Whether the newest checkpoint there is the result of a job that ended well."""
     latest = _latest(directory)
-    return latest is not None and (latest / FINISHED).exists()
+    return latest is not None and _is_marked(latest)
+
+
+def _is_marked(path: Path) -> bool:
+    try:
+        return (path / FINISHED).exists()
+    except OSError:  # the disk is gone, and with it the checkpoint
+        return False
 
 
 def resumable(directory: Path) -> list[str]:
     """Names of the checkpoints that a new run may resume from by itself, best first."""
     if is_finished(directory):
         return []
-    return [path.name for _, path in checkpoints(directory) if not (path / FINISHED).exists()]
+    return [path.name for _, path in checkpoints(directory) if not _is_marked(path)]
 
 
 def load(path: Path, rank: int, *, partitioned: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -278,13 +334,11 @@ def _readable(path: Path) -> Iterator[None]:
         raise PersistError(f"the persistent checkpoint {path} cannot be read: {error}") from error
 
 
-def _save(content: Any, path: Path) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as stream:
-        torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.rename(path)
+def _provide(script: Path, target: Path) -> None:
+    """Copy a script that is not there yet; one that is stays whole whatever happens."""
+    text = script.read_text()
+    if not target.exists() or target.read_text() != text:
+        _replace_text(target, text)
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -32,31 +32,47 @@ class Replicator:
         self._wake = threading.Condition()
         self._news = 0  # counts what threads must look at; guards against a wake-up that comes before the wait
         self._epoch = 0
+        self._peers: list[Peer] = []
         self._links: list[_Link] = []
         self._held: dict[tuple[int, int], VersionId] = {}  # (owner, machine) -> newest version seen complete there
+        self._checked: dict[int, VersionId] = {}  # owner -> version whose own copy was read again after a failure
 
     def start(self, peers: Sequence[Peer]) -> None:
         """Serve these peers from now on, and no others; nothing is known of what they hold."""
         with self._wake:
             self._epoch += 1
             self._held.clear()
+            self._checked.clear()
             self._announce()
             for link in self._links:
                 link.abort()
-            self._links = [_Link(peer, self._connect) for peer in peers]
-            for link in self._links:
-                name = f"replicate-{link.peer.machine}"
-                threading.Thread(target=self._run, args=(link, self._epoch), name=name, daemon=True).start()
+            self._peers, self._links = list(peers), []
+            self._open_links()
 
     def close(self) -> None:
         """Stop sending; idempotent."""
         self.start(())
 
     def notify(self) -> None:
-        """A rank began a version, or completed one."""
+        """A rank began a version, or completed one; or the placement became known."""
         with self._wake:
+            self._open_links()
             self._announce()
             self._acknowledge()
+
+    def _open_links(self) -> None:
+        """Starts a thread for every peer that holds shards of this machine, and for no other: a job has many machines.
+
+        Who that is may not be known when the peers are: the first worker that joins says so.
+        """
+        linked = {link.peer.machine for link in self._links}
+        holders = set(self._holders()) - linked if len(linked) < len(self._peers) else ()
+        for peer in self._peers if holders else ():
+            if peer.machine in holders:
+                link = _Link(peer, self._connect)
+                self._links.append(link)
+                name = f"replicate-{peer.machine}"
+                threading.Thread(target=self._run, args=(link, self._epoch), name=name, daemon=True).start()
 
     def _announce(self) -> None:
         self._news += 1
@@ -73,9 +89,12 @@ class Replicator:
 
     def _serve(self, link: _Link, epoch: int) -> float:
         """Send one thing that the peer lacks; returns how long to wait for news before the next look."""
+        buffer: Buffer | None = None
         try:
             buffer = self._next_for(link.peer)
             if buffer is None:
+                with self._wake:
+                    self._acknowledge()  # again, should memory have lost what was noted
                 return _IDLE_S
             self._push(link, buffer, epoch)
             link.succeeded()
@@ -83,13 +102,23 @@ class Replicator:
         except Exception as error:  # a peer must be served again whatever happened
             if self._epoch == epoch:
                 link.failed(error)
+                self._recheck(buffer)
             return _RETRY_S
+
+    def _recheck(self, buffer: Buffer | None) -> None:
+        """Nobody takes a version whose bytes are corrupt here: so after a failure each is read again, once."""
+        version = buffer.id if buffer is not None else None
+        if buffer is None or version is None or self._checked.get(buffer.owner) == version:
+            return
+        if buffer.state is BufferState.COMPLETE:
+            self._checked[buffer.owner] = version
+            self._store.recheck(buffer.owner, version)
 
     def _push(self, link: _Link, buffer: Buffer, epoch: int) -> None:
         version = buffer.id
         if version is None:
             return
-        kept = self._kept_beside(buffer, version)
+        kept = self._kept_beside(buffer.owner, version)
         wanted = link.transport().push(
             buffer, version, lambda: self._epoch == epoch and buffer.state is not BufferState.EMPTY, kept
         )
@@ -98,10 +127,14 @@ class Replicator:
                 self._held[buffer.owner, link.peer.machine] = version
                 self._acknowledge()
 
-    def _kept_beside(self, buffer: Buffer, version: VersionId) -> VersionId | None:
-        slab = self._store.slab(buffer.owner)
-        complete = (other.id for other in slab.complete()) if slab else ()
-        return next((other for other in complete if other is not None and other < version), None)
+    def _kept_beside(self, owner: int, version: VersionId) -> VersionId | None:
+        """What the owner knows to be committed, rather than what it has: its own copy may be damaged."""
+        slab = self._store.slab(owner)
+        if slab is None:
+            return None
+        complete = (view.id for view in slab.views if view.complete)
+        known = [slab.committed] if slab.committed else complete
+        return max((other for other in known if other is not None and other < version), default=None)
 
     def _next_for(self, peer: Peer) -> Buffer | None:
         """The first own shard whose newest version this peer should hold and does not."""

@@ -5,18 +5,16 @@ it with the last process that maps it, so nothing can stay behind (see ``docs/de
 
 Layout of a buffer (all words little-endian u64)::
 
-    0        header words (see ``_Word``)
+    0        header words (see :mod:`~lightning_gemini.dataplane.header`)
     4096     one xxh3-64 checksum a chunk, 4096 slots
     65536    the shard's bytes
 
 One process writes a buffer at a time: the worker for its own shard, the agent for a replica. Readers trust nothing but
-checksums. These cover the version, its sizes, every chunk's checksum and every byte, but no word that changes while a
-version is complete: what peers acknowledged, the owner's progress, and where the bytes came from.
+checksums.
 """
 
 from __future__ import annotations
 
-import enum
 import mmap
 import os
 from collections.abc import Iterator
@@ -25,41 +23,19 @@ import xxhash
 
 from lightning_gemini.core.consistency import BufferView
 from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane import header
 from lightning_gemini.dataplane.capacity import require_free
+from lightning_gemini.dataplane.header import CHUNK_SLOTS, BufferState, Record, Word
 from lightning_gemini.errors import CapacityError, IntegrityError
 
+__all__ = ["CHUNK_SLOTS", "HEADER_BYTES", "Buffer", "BufferState", "Slab", "chunk_bytes_for"]
+
 HEADER_BYTES = 64 * 1024
-CHUNK_SLOTS = 4096
 MIN_CHUNK_BYTES = 1 << 20
 _TABLE_OFFSET = 4096
-_MAGIC = 0x31424D454754474C  # "LGTGEMB1"
-
-
-class BufferState(enum.IntEnum):
-    """What a buffer holds."""
-
-    EMPTY = 0
-    WRITING = 1
-    COMPLETE = 2
-
-
-class _Word(enum.IntEnum):
-    MAGIC = 0
-    OWNER = 1
-    STATE = 2
-    GENERATION = 3
-    VERSION = 4
-    DATA_BYTES = 5
-    CHUNK_BYTES = 6
-    CHUNKS_READY = 7
-    HEADER_CHECKSUM = 8
-    ACKED_GENERATION = 9
-    ACKED_VERSION = 10
-    RETRIEVED = 11
-    PROGRESS = 12
-
-
-_NEVER = 2**64 - 1
+_ACKED = Record(Word.ACKED, 2)
+_COMMITTED = Record(Word.COMMITTED, 2)
+_PROGRESS = Record(Word.PROGRESS, 1), Record(Word.PROGRESS_AGAIN, 1)
 
 
 def chunk_bytes_for(data_bytes: int) -> int:
@@ -93,9 +69,8 @@ class Buffer:
         except BaseException:
             os.close(fd)
             raise
-        buffer._words[_Word.MAGIC] = _MAGIC
-        buffer._words[_Word.OWNER] = owner
-        buffer._words[_Word.ACKED_VERSION] = _NEVER
+        buffer._words[Word.MAGIC] = header.MAGIC
+        header.write_owner(buffer._words, owner)
         return buffer
 
     def _map(self) -> None:
@@ -122,35 +97,33 @@ class Buffer:
     @property
     def owner(self) -> int:
         """Global rank whose shard this is."""
-        return self._words[_Word.OWNER]
+        return header.owner(self._words)
 
     @property
     def state(self) -> BufferState:
-        """Whether the buffer is empty, being written, or complete; a damaged word counts as empty."""
-        state = self._words[_Word.STATE]
-        return BufferState(state) if state in BufferState._value2member_map_ else BufferState.EMPTY
+        """Whether the buffer is empty, being written, or complete; with a damaged header it counts as empty."""
+        return header.contents(self._words, self._table).state
 
     @property
     def id(self) -> VersionId | None:
         """The version in the buffer, complete or not; ``None`` when empty."""
-        if self.state is BufferState.EMPTY:
-            return None
-        return VersionId(self._words[_Word.GENERATION], self._words[_Word.VERSION])
+        return header.contents(self._words, self._table).id
 
     @property
     def view(self) -> BufferView:
         """The buffer as the consistency rules see it."""
-        return BufferView(id=self.id, complete=self.state is BufferState.COMPLETE)
+        found = header.contents(self._words, self._table)
+        return BufferView(id=found.id, complete=found.state is BufferState.COMPLETE)
 
     @property
     def data_bytes(self) -> int:
         """Bytes of the shard in the buffer."""
-        return self._words[_Word.DATA_BYTES]
+        return self._words[Word.DATA_BYTES]
 
     @property
     def chunk_bytes(self) -> int:
         """Bytes a chunk; the last one may be shorter."""
-        return self._words[_Word.CHUNK_BYTES]
+        return self._words[Word.CHUNK_BYTES]
 
     @property
     def chunks(self) -> int:
@@ -160,23 +133,30 @@ class Buffer:
     @property
     def chunks_ready(self) -> int:
         """Chunks, from the first on, that are written and sealed."""
-        return self._words[_Word.CHUNKS_READY]
+        return self._words[Word.CHUNKS_READY]
 
     @property
     def retrieved(self) -> bool:
         """Whether the bytes came from a peer rather than from the owner's own snapshot."""
-        return bool(self._words[_Word.RETRIEVED])
+        return header.fact(self._words, Word.RETRIEVED)
 
     @property
     def acked(self) -> VersionId | None:
         """The newest version that every other holder was seen to hold completely (written by the agent)."""
-        version = self._words[_Word.ACKED_VERSION]
-        return None if version == _NEVER else VersionId(self._words[_Word.ACKED_GENERATION], version)
+        found = _ACKED.read(self._words)
+        return VersionId(*found) if found else None
+
+    @property
+    def committed(self) -> VersionId | None:
+        """The newest version that the owner knows to be complete on all holders of all ranks, whatever is in here."""
+        found = _COMMITTED.read(self._words)
+        return VersionId(*found) if found else None
 
     @property
     def progress(self) -> int:
         """Optimizer steps that the owner completed, as it last said."""
-        return self._words[_Word.PROGRESS]
+        found = _PROGRESS[0].read(self._words) or _PROGRESS[1].read(self._words)
+        return found[0] if found else 0
 
     def chunk(self, index: int) -> memoryview:
         """The bytes of one chunk."""
@@ -200,31 +180,32 @@ class Buffer:
             IntegrityError: The buffer is not complete, or its header or a chunk does not match its checksum.
         """
         if self.state is not BufferState.COMPLETE:
-            raise IntegrityError(f"shard of rank {self.owner}: expected a complete buffer, found {self.state.name}")
-        if (self._words[_Word.MAGIC], self._words[_Word.HEADER_CHECKSUM]) != (_MAGIC, self._header_checksum()):
-            raise IntegrityError(f"shard of rank {self.owner}, version {self.id}: the header is corrupt")
+            raise IntegrityError(f"shard of rank {self.owner}: {self._why_incomplete()}")
         for index in range(self.chunks):
             if xxhash.xxh3_64_intdigest(self.chunk(index)) != self.checksum(index):
                 raise IntegrityError(f"shard of rank {self.owner}, version {self.id}: chunk {index} is corrupt")
+
+    def _why_incomplete(self) -> str:
+        if self._words[Word.STATE] == BufferState.COMPLETE:
+            return "the header is corrupt"
+        return f"expected a complete buffer, found {self.state.name}"
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
     def begin(self, version: VersionId, data_bytes: int, *, retrieved: bool = False) -> None:
         """Start writing a version; what the buffer held is gone. Grows the memory where the shard has grown."""
-        words = self._words
-        words[_Word.STATE] = BufferState.EMPTY
+        self.drop()
         if not self.fits(data_bytes):
             if os.fstat(self.fd).st_size < HEADER_BYTES + data_bytes:
                 _allocate(self.fd, HEADER_BYTES + data_bytes + data_bytes // 8)
             self.remap()
-            words = self._words
-        words[_Word.CHUNKS_READY] = 0
-        words[_Word.GENERATION] = version.generation
-        words[_Word.VERSION] = version.version
-        words[_Word.DATA_BYTES] = data_bytes
-        words[_Word.CHUNK_BYTES] = chunk_bytes_for(data_bytes)
-        words[_Word.RETRIEVED] = int(retrieved)
-        words[_Word.STATE] = BufferState.WRITING
+        words = self._words
+        words[Word.CHUNKS_READY] = 0
+        header.write_identity(words, version, data_bytes, chunk_bytes_for(data_bytes))
+        header.write_fact(words, Word.RETRIEVED, retrieved)
+        # Those of the version before would fit its bytes, which are still here.
+        self._table[: self.chunks] = memoryview(bytes(8 * self.chunks)).cast("Q")
+        words[Word.STATE] = BufferState.WRITING
 
     def seal(self, end_byte: int) -> None:
         """All bytes before ``end_byte`` are written: checksum the chunks that this fills and let readers have them."""
@@ -236,7 +217,7 @@ class Buffer:
     def seal_chunk(self, index: int, checksum: int) -> None:
         """Chunk ``index`` is written and has this checksum; chunks are sealed in order."""
         self._table[index] = checksum
-        self._words[_Word.CHUNKS_READY] = index + 1
+        self._words[Word.CHUNKS_READY] = index + 1
 
     def complete(self) -> None:
         """Every chunk is sealed: from now on the version counts.
@@ -250,42 +231,42 @@ class Buffer:
             raise IntegrityError(
                 f"shard of rank {self.owner}, version {self.id}: {self.chunks_ready} of {self.chunks} chunks written"
             )
-        self._words[_Word.HEADER_CHECKSUM] = self._header_checksum()
-        self._words[_Word.STATE] = BufferState.COMPLETE
+        words = self._words
+        sealed = self._table[: self.chunks]
+        checksum = header.whole_checksum(words[Word.IDENTITY_CHECKSUM], words[Word.CHUNKS_READY], sealed)
+        words[Word.HEADER_CHECKSUM] = checksum
+        words[Word.STATE] = BufferState.COMPLETE
 
     def drop(self) -> None:
         """Forget what the buffer holds."""
-        self._words[_Word.STATE] = BufferState.EMPTY
+        self._words[Word.STATE] = BufferState.EMPTY
+        self._words[Word.HEADER_CHECKSUM] = 0  # so that no damage can bring it back
+        self._words[Word.IDENTITY_CHECKSUM] = 0
 
     def acknowledge(self, version: VersionId) -> None:
         """Every other holder holds ``version`` completely. Called by the agent only."""
-        self._words[_Word.ACKED_VERSION] = _NEVER
-        self._words[_Word.ACKED_GENERATION] = version.generation
-        self._words[_Word.ACKED_VERSION] = version.version
+        _ACKED.write(self._words, version.generation, version.version)
 
     def forget_peers(self) -> None:
         """The other holders may be new machines: nothing is known of what they hold. Called by the agent only."""
-        self._words[_Word.ACKED_VERSION] = _NEVER
+        _ACKED.erase(self._words)
+
+    def note_committed(self, version: VersionId) -> None:
+        """``version`` is complete on all holders of all ranks. Called by the owner only."""
+        _COMMITTED.write(self._words, version.generation, version.version)
 
     def forget_origin(self) -> None:
         """The recovery that brought these bytes here is over."""
-        self._words[_Word.RETRIEVED] = 0
+        header.write_fact(self._words, Word.RETRIEVED, False)
 
     def report_progress(self, step: int) -> None:
         """The owner completed ``step`` optimizer steps."""
-        self._words[_Word.PROGRESS] = step
+        for record in _PROGRESS:
+            record.write(self._words, step)
 
     def remap(self) -> None:
         """Map the memory anew after another process has grown it."""
         self._map()
-
-    def _header_checksum(self) -> int:
-        fields = self._words[_Word.OWNER : _Word.CHUNKS_READY + 1].tolist()
-        fields[_Word.STATE - _Word.OWNER] = 0
-        digest = xxhash.xxh3_64()
-        digest.update(repr(fields).encode())
-        digest.update(self._table[: self.chunks].tobytes())
-        return digest.intdigest()
 
 
 class Slab:
@@ -323,18 +304,33 @@ class Slab:
         """Memory that the slab takes."""
         return sum(os.fstat(buffer.fd).st_size for buffer in self.buffers)
 
+    @property
+    def committed(self) -> VersionId | None:
+        """The newest version that the owner knows to be committed; survives the owner's process."""
+        return max((known for buffer in self.buffers if (known := buffer.committed) is not None), default=None)
+
+    def note_committed(self, version: VersionId) -> None:
+        """``version`` is complete on all holders of all ranks. Called by the owner only."""
+        for buffer in self.buffers:
+            buffer.note_committed(version)
+
     def complete(self) -> Iterator[Buffer]:
         """The complete buffers, newest version first."""
-        found = [buffer for buffer in self.buffers if buffer.state is BufferState.COMPLETE]
-        yield from sorted(found, key=lambda buffer: buffer.id or VersionId(0, 0), reverse=True)
+        yield from (buffer for _, buffer in sorted(self._complete(), key=lambda pair: pair[0], reverse=True))
+
+    def _complete(self) -> Iterator[tuple[VersionId, Buffer]]:
+        for buffer in self.buffers:
+            view = buffer.view  # once: the owner may begin the next version meanwhile
+            if view.complete and view.id is not None:
+                yield view.id, buffer
 
     def holding(self, version: VersionId) -> Buffer | None:
         """The complete buffer with exactly this version, if any."""
-        return next((buffer for buffer in self.complete() if buffer.id == version), None)
+        return next((buffer for held, buffer in self._complete() if held == version), None)
 
     def newest_started(self) -> Buffer | None:
         """The buffer with the newest version, complete or still being written."""
-        started = [(buffer.id, buffer) for buffer in self.buffers if buffer.id is not None]
+        started = [(version, buffer) for buffer in self.buffers if (version := buffer.id) is not None]
         return max(started, key=lambda pair: pair[0])[1] if started else None
 
     def close(self) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import collections
+import logging
 import threading
 import time
 from collections.abc import Iterator
 
-from lightning_gemini.core.consistency import newest_complete, superseded, writable_buffer
+from lightning_gemini.core.consistency import replica_place, retrieval_place, superseded
 from lightning_gemini.core.placement import Placement, plan_placement
 from lightning_gemini.core.recovery import Holding, Inventory, VersionId
 from lightning_gemini.dataplane.capacity import require_memory
 from lightning_gemini.dataplane.slab import Buffer, BufferState, Slab
-from lightning_gemini.errors import LayoutMismatchError, ProtocolError
+from lightning_gemini.errors import IntegrityError, LayoutMismatchError, ProtocolError
+
+log = logging.getLogger(__name__)
 
 
 class ShardStore:
@@ -28,10 +31,13 @@ class ShardStore:
         self._slabs: dict[int, Slab] = {}
         self._writers: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
         self.generation = 0
+        self._left_behind = False  # whether ranks went on from `_resumed` in this generation
+        self._resumed: VersionId | None = None
         self.machines = 1
         self.nproc_per_machine: int | None = None
         self.replicas: int | None = None
         self.strategy: str | None = None
+        self.domains: tuple[str, ...] | None = None
 
     # -- the job's shape -------------------------------------------------------------------------------------------
 
@@ -48,21 +54,22 @@ class ShardStore:
                     f"{machines} x {nproc_per_machine}: start it with the same shape, or run "
                     "'lightning-gemini stop --agents' to discard what memory holds"
                 )
+            self._left_behind = self._left_behind and generation <= self.generation
             self.generation = max(self.generation, generation)
             self.machines, self.nproc_per_machine = machines, nproc_per_machine
 
-    def set_replication(self, replicas: int, strategy: str) -> None:
+    def set_replication(self, replicas: int, strategy: str, domains: tuple[str, ...] | None = None) -> None:
         """How many copies, and where: what the user's strategy asks for."""
-        plan_placement(self.machines, replicas, strategy)  # a clear error before anything changes
+        plan_placement(self.machines, replicas, strategy, domains)  # a clear error before anything changes
         with self._lock:
-            self.replicas, self.strategy = replicas, strategy
+            self.replicas, self.strategy, self.domains = replicas, strategy, domains
 
     @property
     def placement(self) -> Placement | None:
         """Which machines hold whose shards; ``None`` until a worker said how many replicas it wants."""
         if self.replicas is None or self.strategy is None:
             return None
-        return plan_placement(self.machines, self.replicas, self.strategy)
+        return plan_placement(self.machines, self.replicas, self.strategy, self.domains)
 
     # -- slabs -----------------------------------------------------------------------------------------------------
 
@@ -107,9 +114,10 @@ class ShardStore:
 
     def _holdings(self) -> Iterator[Holding]:
         for slab in self.slabs():
-            for buffer in slab.complete():
-                if buffer.id is not None:
-                    yield Holding(slab.owner, buffer.id, buffer.retrieved)
+            for buffer in slab.buffers:
+                view = buffer.view  # once: its owner may begin the next version meanwhile
+                if view.complete and view.id is not None:
+                    yield Holding(slab.owner, view.id, buffer.retrieved)
 
     # -- what happens to versions ------------------------------------------------------------------------------------
 
@@ -140,19 +148,35 @@ class ShardStore:
         """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`. The buffer is begun."""
         with self._lock:
             self._require_hosted(owner, sender_generation)
+            self._require_wanted(owner, version)
             if self.complete_buffer(owner, version) is not None:
                 return None
-            self._drop_between(owner, kept, version)
-            buffer = self._free_buffer(owner, data_bytes)
+            slab = self._slab_for(owner, data_bytes)
+            place = replica_place(slab.views, version, kept)
+            for index in place.given_up:
+                slab.buffers[index].drop()
+            if place.index is None:
+                raise ProtocolError(f"holds newer versions of rank {owner} than {version.version}")
+            buffer = slab.buffers[place.index]
             buffer.begin(version, data_bytes)
             return buffer
 
-    def _drop_between(self, owner: int, kept: VersionId | None, version: VersionId) -> None:
-        """Without this a version that was given up would be the newest here, and the common one be overwritten."""
-        slab = self._slabs.get(owner)
-        for buffer in slab.buffers if slab else ():
-            if kept is not None and buffer.id is not None and kept < buffer.id < version:
-                buffer.drop()
+    def recheck(self, owner: int, version: VersionId) -> bool:
+        """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`."""
+        buffer = self.complete_buffer(owner, version)
+        try:
+            if buffer is not None:
+                buffer.verify()
+            return buffer is not None
+        except IntegrityError as error:
+            log.warning("machine %d drops its copy of version %d: %s", self.machine, version.version, error)
+            self.discard(owner, version)
+            return False
+
+    def may_retrieve(self, owner: int, version: VersionId) -> bool:
+        """Whether a shard may be fetched from a peer; else its owner sends it, and knows what may be overwritten."""
+        slab = self.slab(owner)
+        return slab is None or retrieval_place(slab.views, version, own=owner in self.own_ranks()) is not None
 
     def retrieval_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer:
         """The buffer that a shard fetched from a peer goes to."""
@@ -160,16 +184,17 @@ class ShardStore:
             for buffer in self._slabs[owner].buffers if owner in self._slabs else ():
                 if buffer.id == version and buffer.state is not BufferState.COMPLETE:
                     return buffer
-            return self._free_buffer(owner, data_bytes)
+            slab = self._slab_for(owner, data_bytes)
+            index = retrieval_place(slab.views, version, own=owner in self.own_ranks())
+            if index is None:
+                raise ProtocolError(f"no buffer of rank {owner} may be overwritten yet")
+            return slab.buffers[index]
 
-    def _free_buffer(self, owner: int, data_bytes: int) -> Buffer:
+    def _slab_for(self, owner: int, data_bytes: int) -> Slab:
         slab = self._slabs.get(owner)
         if slab is None:
             slab = self._slabs[owner] = Slab.create(owner, data_bytes)
-        index = writable_buffer(slab.views, newest_complete(slab.views))
-        if index is None:
-            raise ProtocolError(f"no buffer of rank {owner} may be overwritten yet")
-        return slab.buffers[index]
+        return slab
 
     def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
         """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`."""
@@ -177,7 +202,13 @@ class ShardStore:
         return slab.holding(version) if slab else None
 
     def resume_from(self, version: VersionId | None) -> None:
-        """Every rank goes on from ``version``: drop what is newer, it can never be committed any more."""
+        """Every rank goes on from ``version``: drop what is newer, it can never be committed any more.
+
+        Nor is it taken in any more, from a peer that has not heard of it yet: it would be kept in place of a version
+        that is committed.
+        """
+        with self._lock:
+            self._left_behind, self._resumed = True, version
         for slab in self.slabs():
             for index in superseded(slab.views, version):
                 slab.buffers[index].drop()
@@ -203,6 +234,11 @@ class ShardStore:
             slabs, self._slabs = list(self._slabs.values()), {}
         for slab in slabs:
             slab.close()
+
+    def _require_wanted(self, owner: int, version: VersionId) -> None:
+        newer = self._resumed is None or version > self._resumed
+        if self._left_behind and newer and version.generation < self.generation:
+            raise ProtocolError(f"wants no version {version.version} of rank {owner}: a recovery went back behind it")
 
     def _require_hosted(self, owner: int, sender_generation: int) -> None:
         if sender_generation != self.generation:

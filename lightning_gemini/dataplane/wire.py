@@ -1,7 +1,7 @@
 """What agents say to each other on TCP: a mutual HMAC handshake, then fixed-size frames, some with a payload.
 
-Nothing is unpickled, every length is capped, and no byte is looked at before the peer has proved that it knows the
-job's secret.
+Nothing is unpickled, every length is capped, every frame carries its own checksum, and no byte is looked at before the
+peer has proved that it knows the job's secret.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ import struct
 import time
 from dataclasses import dataclass
 
+import xxhash
+
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.errors import AuthenticationError, ProtocolError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_CHUNK_BYTES = 1 << 30
 MAX_SHARD_BYTES = 1 << 42  # in chunks of MAX_CHUNK_BYTES it fills a buffer's checksum table
 MAX_REASON_BYTES = 4096
@@ -27,6 +29,8 @@ _MAGIC = b"LGGEMINI"
 _HELLO = struct.Struct("<8sHI16s32s")
 _PROOF = struct.Struct("<32s32s")
 _FRAME = struct.Struct("<4sBxxxIQQQQIQQQQ")
+_FRAME_CHECKSUM = struct.Struct("<Q")
+_FRAME_BYTES = _FRAME.size + _FRAME_CHECKSUM.size
 _FRAME_MAGIC = b"LGFR"
 _NO_VERSION = VersionId(0, 0)
 _NOTHING_KEPT = 2**64 - 1
@@ -66,8 +70,8 @@ class Frame:
     kept: VersionId | None = None
 
     def pack(self) -> bytes:
-        """The frame as bytes, without its payload."""
-        return _FRAME.pack(
+        """The frame as bytes with their checksum, without its payload."""
+        body = _FRAME.pack(
             _FRAME_MAGIC,
             self.kind,
             self.owner,
@@ -81,6 +85,7 @@ class Frame:
             self.kept.generation if self.kept else 0,
             self.kept.version if self.kept else _NOTHING_KEPT,
         )
+        return body + _FRAME_CHECKSUM.pack(xxhash.xxh3_64_intdigest(body))
 
 
 def send(sock: socket.socket, frame: Frame, payload: memoryview | bytes = b"") -> None:
@@ -100,14 +105,19 @@ def receive(sock: socket.socket) -> Frame:
     """Read one frame header.
 
     Raises:
-        ProtocolError: The bytes are no frame, or a length is beyond its cap.
+        ProtocolError: The bytes are no frame, or a damaged one, or a length is beyond its cap.
         EOFError: The peer closed the connection between two frames.
     """
-    raw = bytearray(_FRAME.size)
+    raw = bytearray(_FRAME_BYTES)
     receive_into(sock, memoryview(raw), eof_ok=True)
-    magic, kind, owner, generation, version, size, chunk_bytes, length, checksum, sender, *kept = _FRAME.unpack(raw)
-    if magic != _FRAME_MAGIC or kind not in Kind._value2member_map_:
+    fields = _FRAME.unpack_from(raw)
+    magic, kind, owner, generation, version, size, chunk_bytes, length, checksum, sender, *kept = fields
+    if magic != _FRAME_MAGIC:
         raise ProtocolError("the peer sent something that is no frame; is another program using this port?")
+    if _FRAME_CHECKSUM.unpack_from(raw, _FRAME.size)[0] != xxhash.xxh3_64_intdigest(raw[: _FRAME.size]):
+        raise ProtocolError("the peer sent a frame that was damaged on the way")
+    if kind not in Kind._value2member_map_:
+        raise ProtocolError(f"the peer sent a frame of kind {kind}, which is no frame of protocol {PROTOCOL}")
     named = VersionId(generation, version)
     kept_id = None if kept[1] == _NOTHING_KEPT else VersionId(*kept)
     frame = Frame(Kind(kind), owner, named, size, chunk_bytes, length, checksum, sender, kept_id)
@@ -140,16 +150,23 @@ def receive_into(
 
 
 def receive_reason(sock: socket.socket, frame: Frame) -> str:
-    """Read the payload of a REFUSE frame."""
+    """Read the payload of a REFUSE frame.
+
+    Raises:
+        ProtocolError: It was damaged on the way.
+    """
     raw = bytearray(frame.length)
     receive_into(sock, memoryview(raw))
+    if xxhash.xxh3_64_intdigest(raw) != frame.checksum:
+        raise ProtocolError("the peer refused, but its reason was damaged on the way")
     return raw.decode(errors="replace")
 
 
 def refuse(sock: socket.socket, owner: int, version: VersionId, reason: str) -> None:
     """Send a REFUSE frame with its reason."""
     payload = reason.encode()[:MAX_REASON_BYTES]
-    send(sock, Frame(Kind.REFUSE, owner, version, length=len(payload)), payload)
+    checksum = xxhash.xxh3_64_intdigest(payload)
+    send(sock, Frame(Kind.REFUSE, owner, version, length=len(payload), checksum=checksum), payload)
 
 
 def connect(address: tuple[str, int], job: str, secret: bytes, machine: int, *, timeout_s: float) -> socket.socket:
@@ -166,9 +183,9 @@ def connect(address: tuple[str, int], job: str, secret: bytes, machine: int, *, 
         sock.sendall(_HELLO.pack(_MAGIC, PROTOCOL, machine, _job_digest(job), nonce))
         reply = _read_handshake(sock, _PROOF.size, address)
         their_nonce, proof = _PROOF.unpack(reply)
-        if not hmac.compare_digest(proof, _proof(secret, b"server", nonce, their_nonce)):
+        if not hmac.compare_digest(proof, _proof(secret, b"server", nonce, their_nonce, machine)):
             raise AuthenticationError(f"the agent at {address[0]}:{address[1]} does not know this job's secret")
-        sock.sendall(_proof(secret, b"client", nonce, their_nonce))
+        sock.sendall(_proof(secret, b"client", nonce, their_nonce, machine))
         sock.settimeout(timeout_s)
     except BaseException:
         sock.close()
@@ -192,9 +209,9 @@ def accept(sock: socket.socket, job: str, secret: bytes, *, timeout_s: float | N
     if job_digest != _job_digest(job):
         raise AuthenticationError(f"{peer}: an agent of another job")
     own_nonce = secrets.token_bytes(32)
-    sock.sendall(_PROOF.pack(own_nonce, _proof(secret, b"server", nonce, own_nonce)))
+    sock.sendall(_PROOF.pack(own_nonce, _proof(secret, b"server", nonce, own_nonce, machine)))
     proof = _read_handshake(sock, 32, peer)
-    if not hmac.compare_digest(proof, _proof(secret, b"client", nonce, own_nonce)):
+    if not hmac.compare_digest(proof, _proof(secret, b"client", nonce, own_nonce, machine)):
         raise AuthenticationError(f"{peer}: does not know this job's secret")
     sock.settimeout(timeout_s)
     return int(machine)
@@ -210,8 +227,8 @@ def _read_handshake(sock: socket.socket, size: int, peer: object) -> bytes:
     return bytes(raw)
 
 
-def _proof(secret: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
-    return hmac.digest(secret, role + client_nonce + server_nonce, "sha256")
+def _proof(secret: bytes, role: bytes, client_nonce: bytes, server_nonce: bytes, machine: int) -> bytes:
+    return hmac.digest(secret, role + client_nonce + server_nonce + machine.to_bytes(4, "little"), "sha256")
 
 
 def _job_digest(job: str) -> bytes:

@@ -180,8 +180,9 @@ def test_random_bytes_from_an_authenticated_peer_harm_nobody(holder: Machine, se
     for _ in range(25):
         caller = wire.connect(holder.server.address, JOB, SECRET, 0, timeout_s=10.0)
         with caller, contextlib.suppress(ConnectionError):
-            if noise.random() < 0.5:
-                begin(caller)
+            if noise.random() < 0.5:  # refused while the one before it is still being torn down
+                wire.send(caller, Frame(Kind.BEGIN, OWNER, NEW, SIZE, CHUNK, sender_generation=1))
+                assert wire.receive(caller).kind in (Kind.WANT, Kind.REFUSE)
             for _ in range(noise.randrange(4)):
                 caller.sendall(noise.choice([chunk(0)[0].pack(), wire._FRAME_MAGIC, b""]))
                 caller.sendall(noise.randbytes(noise.randrange(2000)))
@@ -193,6 +194,9 @@ def test_random_bytes_from_strangers_harm_nobody(holder: Machine, seed: int, cap
     for _ in range(25):
         with socket.create_connection(holder.server.address) as sock, contextlib.suppress(ConnectionError):
             sock.sendall(noise.randbytes(noise.randrange(500)))
+    with socket.create_connection(holder.server.address) as last:  # accepted after all others, and refused for certain
+        last.sendall(bytes(wire._HELLO.size))
+        assert last.recv(1) == b""
     wait_until(lambda: not holder.server._connections, "all of them are gone")
     refusals = [record for record in caplog.records if "refused a connection" in record.message]
     assert len(refusals) == 1  # a port scanner does not fill the log

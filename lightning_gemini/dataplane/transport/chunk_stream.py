@@ -15,6 +15,8 @@ from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import IntegrityError, ProtocolError
 
 IO_TIMEOUT_S = 20.0
+SLOWEST_READ_BYTES_PER_S = 200e6
+"""How fast, at the least, a peer reads its own memory again before it says that it has a version already."""
 _POLL_S = 0.001
 
 
@@ -41,6 +43,7 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
     """
     try:
         while (frame := wire.receive(sock)).kind is Kind.CHUNK:
+            _require_wanted(buffer, begin.id)
             index = buffer.chunks_ready
             if (frame.owner, frame.id, frame.size) != (begin.owner, begin.id, index) or index >= buffer.chunks:
                 raise ProtocolError(f"chunk {frame.size} of rank {frame.owner} came out of turn")
@@ -52,6 +55,7 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
                 raise IntegrityError(f"chunk {index} of rank {begin.owner}'s shard was corrupted on the way")
             buffer.seal_chunk(index, frame.checksum)
         if frame.kind is Kind.END:
+            _require_wanted(buffer, begin.id)
             buffer.complete()
             return True
         if frame.kind is not Kind.ABORT:
@@ -62,3 +66,8 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
     finally:
         if buffer.state is not BufferState.COMPLETE:
             buffer.drop()
+
+
+def _require_wanted(buffer: Buffer, version: VersionId) -> None:
+    if buffer.id != version:  # a recovery went back behind it; the peer is not to blame
+        raise ConnectionAbortedError(f"version {version.version} of rank {buffer.owner} was given up here meanwhile")

@@ -41,8 +41,11 @@ class ShardHost(Protocol):
             kept: The complete version that the owner holds beside it; what is in between was given up by all ranks.
 
         Raises:
-            GeminiError: The replica is not wanted here (wrong owner, stale generation, no memory).
+            GeminiError: The replica is not wanted here (wrong owner, stale generation, older than all, no memory).
         """
+
+    def recheck(self, owner: int, version: VersionId) -> bool:
+        """Read every byte of a complete version again; a damaged one is dropped. Says whether it is still there."""
 
     def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
         """The complete buffer with this version, if held."""
@@ -122,7 +125,7 @@ class ReplicaServer:
                 if self._listener is None:  # closed meanwhile
                     return
                 peer = str(sock.getpeername()[0])
-                wire.accept(sock, self._job, self._secret, timeout_s=None)
+                peer = f"machine {wire.accept(sock, self._job, self._secret, timeout_s=None)} ({peer})"
                 while True:
                     self._handle(sock, wire.receive(sock))
         except EOFError:
@@ -130,8 +133,11 @@ class ReplicaServer:
         except AuthenticationError as error:
             if self._is_first_refusal(peer):  # one line a peer, however often it tries
                 log.warning("refused a connection: %s", error)
+        except GeminiError as error:  # it spoke out of turn, or what it sent was damaged
+            level = logging.WARNING if self._is_first_refusal(peer) else logging.DEBUG
+            log.log(level, "ended a connection from %s: %s (said once)", peer, error)
         except Exception as error:  # whatever a peer or its disconnection causes ends this connection alone
-            expected = isinstance(error, (GeminiError, OSError)) or self._listener is None
+            expected = isinstance(error, OSError) or self._listener is None
             level = logging.DEBUG if expected else logging.ERROR
             log.log(level, "connection from %s ended: %s", peer, error, exc_info=not expected)
         finally:
@@ -164,7 +170,9 @@ class ReplicaServer:
 
     def _receive_into_store(self, sock: socket.socket, begin: Frame) -> None:
         try:
-            buffer = self._store.replica_target(begin.owner, begin.id, begin.size, begin.sender_generation, begin.kept)
+            buffer = self._target(begin)
+            if buffer is None and not self._store.recheck(begin.owner, begin.id):
+                buffer = self._target(begin)  # it was damaged: here comes a good one
         except GeminiError as error:
             wire.refuse(sock, begin.owner, begin.id, str(error))
             return
@@ -176,6 +184,9 @@ class ReplicaServer:
         if receive_chunks(sock, buffer, begin):
             wire.send(sock, Frame(Kind.ACK, begin.owner, begin.id))
         sock.settimeout(None)
+
+    def _target(self, begin: Frame) -> Buffer | None:
+        return self._store.replica_target(begin.owner, begin.id, begin.size, begin.sender_generation, begin.kept)
 
     def _send_shard(self, sock: socket.socket, request: Frame) -> None:
         buffer = self._store.complete_buffer(request.owner, request.id)

@@ -11,7 +11,12 @@ from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import wire
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.transport.base import Peer
-from lightning_gemini.dataplane.transport.chunk_stream import IO_TIMEOUT_S, receive_chunks, send_chunks
+from lightning_gemini.dataplane.transport.chunk_stream import (
+    IO_TIMEOUT_S,
+    SLOWEST_READ_BYTES_PER_S,
+    receive_chunks,
+    send_chunks,
+)
 from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import ProtocolError
 
@@ -40,8 +45,13 @@ class TcpTransport:
         with _closing_on_error(self):
             sock = self._connected()
             begin = Frame(Kind.BEGIN, buffer.owner, version, buffer.data_bytes, buffer.chunk_bytes)
+            if buffer.id != version:  # overwritten meanwhile: the sizes may be the next version's
+                return False
             wire.send(sock, dataclasses.replace(begin, sender_generation=self._generation, kept=kept))
-            if self._answer(sock, (Kind.WANT, Kind.HAVE)).kind is Kind.HAVE:
+            sock.settimeout(IO_TIMEOUT_S + begin.size / SLOWEST_READ_BYTES_PER_S)
+            answer = self._answer(sock, (Kind.WANT, Kind.HAVE))
+            sock.settimeout(IO_TIMEOUT_S)
+            if answer.kind is Kind.HAVE:
                 return True
             finished = send_chunks(sock, buffer, version, still_wanted)
             wire.send(sock, Frame(Kind.END if finished else Kind.ABORT, buffer.owner, version))

@@ -6,9 +6,10 @@ STAMP := .venv/.setup-done
 TESTS ?= tests
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+SOAK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format types layers wheel clean
+.PHONY: help setup demo soak test lint format types layers wheel clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -23,6 +24,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 
 demo: $(STAMP)  ## train GPT-2 on four local nodes, kill a worker, a node and a whole group, and compare the losses
 	$(BIN)/python recipes/demo.py $(DEMO_ARGS)
+
+soak: $(STAMP)  ## hit six local nodes with everything for 20 minutes, and check that all is right (SOAK_ARGS='--minutes 3')
+	$(BIN)/python recipes/soak.py $(SOAK_ARGS)
 
 test: $(STAMP)  ## run the tests (TESTS=tests/core: some of them; PYTEST_ARGS=-x: pytest's options)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)

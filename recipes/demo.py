@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -26,8 +27,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import timeline
-from failures import FailureNotInjectedError, Injector, PlannedFailure, plan_failures, replicas
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
 from progress import Progress, Screen
 from report import (
     IncompleteRunError,
@@ -41,7 +42,13 @@ from report import (
 from settings import settings
 from verdict import costs, problems, table
 
+from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.controlplane.faults import FaultDriver
+from lightning_gemini.controlplane.faults.models import make_model
 from lightning_gemini.controlplane.run_directory import find_job
+from lightning_gemini.core.failure_model import TraceModel
+from lightning_gemini.core.fault import PlannedFault, Targets
+from lightning_gemini.core.placement import plan_placement
 from lightning_gemini.errors import ConfigurationError, GeminiError
 
 RECIPE = Path(__file__).resolve().with_name("gpt2.py")
@@ -72,7 +79,7 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Trains three times; returns the report, which is also on disk then."""
         began = time.monotonic()
-        planned = plan_failures(self.cfg, self.seed)
+        planned = planned_faults(self.cfg, self.seed)
         print(
             f"seed {self.seed:#x}: " + "; ".join(f"{f.kind} failure at step {f.at_step}" for f in planned), flush=True
         )
@@ -86,22 +93,24 @@ class Demo:
         timeline.draw(interrupted, faults(interrupted), self.folder / "timeline.png")
         return report
 
-    def _train(self, name: str, overrides: list[str], title: str, planned: Sequence[PlannedFailure]) -> Run:
+    def _train(self, name: str, overrides: list[str], title: str, planned: Sequence[PlannedFault]) -> Run:
         run_dir = self.folder / name
         _clear(run_dir)
-        screen = Screen(title)
-        injector = Injector(run_dir, planned, screen)
+        faults = FaultDriver(run_dir, TraceModel(tuple(planned)), self.seed)
         with (self.folder / f"{name}.log").open("w") as log:
             launcher = subprocess.Popen(self._command(run_dir, overrides), stdout=log, stderr=log, env=_environment())
             try:
-                self._watch(launcher, Progress(run_dir, int(self.cfg.trainer.max_steps)), screen, injector)
+                faults.start()
+                self._watch(launcher, Progress(run_dir, int(self.cfg.trainer.max_steps)), Screen(title))
             finally:
+                counts = faults.close()
                 _end(launcher)
         if launcher.returncode != 0:
             raise DemoError(
                 f"run {name!r} failed with exit code {launcher.returncode}:\n{_tail(self.folder / f'{name}.log')}"
             )
-        injector.check_done()
+        if counts.injected.total() < len(planned):
+            raise DemoError(f"the run ended before all {len(planned)} failures could be injected: {counts}")
         return read_run(run_dir)
 
     def _command(self, run_dir: Path, overrides: list[str]) -> list[str]:
@@ -110,7 +119,7 @@ class Demo:
         launch = [sys.executable, "-m", "lightning_gemini.cli", "run", *cluster, "--run-dir", str(run_dir)]
         return [*launch, "--preload", PRELOAD, str(RECIPE), EXPERIMENT, *self.overrides, *overrides]
 
-    def _watch(self, launcher: subprocess.Popen[bytes], progress: Progress, screen: Screen, injector: Injector) -> None:
+    def _watch(self, launcher: subprocess.Popen[bytes], progress: Progress, screen: Screen) -> None:
         deadline = time.monotonic() + RUN_TIMEOUT_S
         while launcher.poll() is None:
             for line in progress.update():
@@ -120,7 +129,6 @@ class Demo:
                 raise DemoError(
                     f"a run did not end within {RUN_TIMEOUT_S:.0f} s; the last it showed: {progress.line()}"
                 )
-            injector.poll(progress)
             time.sleep(_POLL_S)
         for line in progress.update():
             screen.say(line)
@@ -161,7 +169,7 @@ def main(arguments: Sequence[str] | None = None, out: TextIO = sys.stdout) -> in
     chosen.dir.mkdir(parents=True, exist_ok=True)
     try:
         report = Demo(chosen.dir, chosen.overrides, secrets.randbits(32) if chosen.seed is None else chosen.seed).run()
-    except (DemoError, FailureNotInjectedError, IncompleteRunError, GeminiError, HydraException) as error:
+    except (DemoError, IncompleteRunError, GeminiError, HydraException) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -173,6 +181,23 @@ def main(arguments: Sequence[str] | None = None, out: TextIO = sys.stdout) -> in
     for problem in found:
         print(f"demo: {problem}", file=sys.stderr)
     return 1 if found else 0
+
+
+def planned_faults(cfg: DictConfig, seed: int) -> list[PlannedFault]:
+    """Draws step and victims of each failure that ``cfg.gemini.failure`` names, spread over the run."""
+    chosen = OmegaConf.to_container(cfg.gemini.failure, resolve=True)
+    assert isinstance(chosen, dict)
+    stretch = int(cfg.trainer.max_steps) // max(len(chosen.get("kinds", ())), 1)
+    model = make_model({**{str(key): value for key, value in chosen.items()}, "stretch": stretch})
+    operator = cfg.gemini.operator
+    groups = plan_placement(int(operator.nodes), replicas(cfg), cfg.gemini.placement).groups
+    targets = Targets(int(operator.nodes), int(operator.nproc_per_node), groups=groups)
+    return list(model.faults(targets, random.Random(seed)))
+
+
+def replicas(cfg: DictConfig) -> int:
+    """Copies of every shard, chosen by the number of nodes where the configuration does not say."""
+    return CheckpointConfig(replicas=cfg.gemini.replicas).replicas_for(int(cfg.gemini.operator.nodes))
 
 
 def _environment() -> dict[str, str]:

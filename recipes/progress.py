@@ -63,6 +63,7 @@ class Progress:
             self._world_size = event["world_size"]
         elif name == "fault_injected":
             self._fault_time, self._restored, self._state = event["time"], [], "stopped"
+            yield _strike(event)
         elif name == "failure_detected":
             after = f" {max(0.0, event['time'] - self._fault_time):.2f} s later" if self._fault_time else ""
             self._state = "recovering"
@@ -112,6 +113,13 @@ class Screen:
         self._out.write(f"\r\x1b[K{text}" if self._live else text)
         self._out.write("\n" if stays else "")
         self._out.flush()
+
+
+def _strike(event: dict[str, Any]) -> str:
+    victims = {"software": "worker of node", "hardware": "node", "root": "root, node", "etcd": "a member of etcd"}
+    nodes = ", ".join(str(node) for node in event["nodes"])
+    what = f"{victims.get(event['kind'], event['kind'] + ', nodes')} {nodes}".rstrip()
+    return f"{event['signal'] or event['kind']} to {what} at step {event['at_step']} (pids {event['pids']})"
 
 
 def _last_record(path: Path) -> dict[str, Any] | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import demo
-import failures
 import pytest
 import settings
 import verdict
@@ -20,19 +19,19 @@ CFG = settings.settings(demo.EXPERIMENT)
 
 
 def test_failures_are_drawn_from_the_seed_alone() -> None:
-    assert failures.plan_failures(CFG, 5) == failures.plan_failures(CFG, 5)
-    assert len({tuple(failures.plan_failures(CFG, seed)) for seed in range(20)}) > 10
+    assert demo.planned_faults(CFG, 5) == demo.planned_faults(CFG, 5)
+    assert len({tuple(demo.planned_faults(CFG, seed)) for seed in range(20)}) > 10
 
 
 def test_every_seed_gives_room_before_between_and_after_failures() -> None:
     for seed in range(200):
-        planned = failures.plan_failures(CFG, seed)
+        planned = demo.planned_faults(CFG, seed)
         assert [failure.kind for failure in planned] == ["software", "hardware", "group"]
         steps = [failure.at_step for failure in planned]
         assert steps[0] >= 4
         assert CFG.trainer.max_steps - steps[-1] >= 4
         assert min(b - a for a, b in itertools.pairwise(steps)) >= 6
-        assert planned[2].nodes in ((0, 1), (2, 3))
+        assert planned[2].victims in ((0, 1), (2, 3))
 
 
 def report(**changes: Any) -> dict[str, Any]:
@@ -93,6 +92,7 @@ def test_progress_tells_what_happens(tmp_path: Path) -> None:
     lines = list(progress.update())
     assert progress.step == 8
     assert "step   8/20" in progress.line()
+    assert any("SIGKILL to node 2 at step 8 (pids [102])" in line for line in lines)
     assert any("2.00 s later" in line for line in lines)
     assert any("back at version 8" in line and "1 from remote memory" in line for line in lines)
     assert list(progress.update()) == []

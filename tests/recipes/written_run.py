@@ -36,9 +36,10 @@ class WrittenRun:
             for rank in range(RANKS):
                 loss = loss_at(self.step, rank)
                 record = {"time": self.now, "step": self.step, "loss": loss, "node": rank, "rank": rank, "tokens": 100}
+                record["generation"] = self.generation
                 _append(self.folder / "steps" / f"rank{rank}.jsonl", record)
                 if checkpoints:
-                    _append(self.folder / "stats" / f"rank{rank}.jsonl", _version(self.now, self.step))
+                    _append(self.folder / "stats" / f"rank{rank}.jsonl", _version(self.now, self.step, self.generation))
         return self
 
     def fail(self, kind: str, nodes: list[int], version: int, tiers: dict[int, str]) -> WrittenRun:
@@ -66,9 +67,9 @@ def loss_at(step: int, rank: int) -> float:
     return 7.0 / (step + rank / 3)
 
 
-def _version(now: float, step: int) -> dict[str, Any]:
+def _version(now: float, step: int, generation: int) -> dict[str, Any]:
     costs = {"stall_s": step / 1000, "copy_s": 0.01, "replica_complete_s": 0.02, "bytes": 4096, "skipped": 0}
-    return {"time": now, "version": step, **costs}
+    return {"time": now, "version": step, "generation": generation, **costs}
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -115,6 +115,7 @@ class Job:
         self.machines, self.nproc, self.options = machines, nproc, options
         self.name = f"test-{uuid.uuid4().hex[:12]}"
         self.env: dict[str, str] = {}
+        self.machine_env: dict[int, dict[str, str]] = {}
         self.attempts: list[Outcome] = []
         self._tokens: list[str] = []
 
@@ -192,6 +193,7 @@ class Job:
                 "LIGHTNING_GEMINI_JOB": self.name,
                 "TMPDIR": str(self.runtime),
                 **self.env,
+                **self.machine_env.get(machine, {}),
             }
 
     def _records(self, out: Path) -> list[list[dict[str, Any]]]:

@@ -13,7 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
-from lightning_gemini.cli.inject import Observer, inject_nodes
+from lightning_gemini.cli.inject import inject_nodes
+from lightning_gemini.controlplane.faults.observer import Observer
 from lightning_gemini.controlplane.processes import start_time, wait_gone
 from lightning_gemini.controlplane.run_directory import find_job
 from tests.cli.conftest import Run
@@ -24,19 +25,22 @@ EPOCHS = 6  # of 10 batches a rank, two a step
 
 
 class Training(Run):
-    """One run of the plain script on four nodes."""
+    """One run of the plain script; ``seconds``: how long a step sleeps."""
 
-    def __init__(self, directory: Path, strategy: str, **options: str) -> None:
-        super().__init__(
-            directory,
-            SCRIPT,
-            strategy,
-            str(directory),
-            str(options.pop("epochs", EPOCHS)),
-            nodes=NODES,
-            preload="deepspeed.runtime.zero.muon.muon_optimizer",
-            **options,
-        )
+    def __init__(
+        self,
+        directory: Path,
+        strategy: str,
+        *,
+        nodes: int = NODES,
+        epochs: int = EPOCHS,
+        seconds: float = 0.1,
+        **options: str,
+    ) -> None:
+        arguments = (strategy, str(directory), str(epochs), str(seconds))
+        preload = "deepspeed.runtime.zero.muon.muon_optimizer"
+        super().__init__(directory, SCRIPT, *arguments, nodes=nodes, preload=preload, **options)
+        self.nodes = nodes
         self.directory = directory
         self.ports: set[tuple[int, int]] = set()
 
@@ -68,12 +72,32 @@ class Training(Run):
             found |= {(pid, entry.laddr.port) for entry in connections if entry.status == psutil.CONN_LISTEN}
         return found
 
+    def view(self) -> dict[str, Any]:
+        """What an agent sees of the job: ``root``, ``root_name``, ``standbys``."""
+        with Observer(find_job(self.path)) as observer:
+            return next((status for status in observer.look().statuses if status), {})
+
+    def committed(self) -> int:
+        """Newest version that every owner has complete on another machine too."""
+        with Observer(find_job(self.path)) as observer:
+            statuses = [status for status in observer.look().statuses if status]
+        newest = dict.fromkeys(range(self.nodes), 0)
+        for holding in (holding for status in statuses for holding in status["holdings"]):
+            if holding["role"] == "replica" and holding["complete"]:
+                newest[holding["owner"]] = max(newest[holding["owner"]], holding["version"])
+        return min(newest.values())
+
+    def times(self, rank: int = 0) -> list[tuple[int, float]]:
+        """When a rank completed its batches, and which (from 1); again after each recovery."""
+        lines = (self.directory / f"times{rank}.txt").read_text().split("\n")[:-1]
+        return [(int(number), float(when)) for number, when in (line.split() for line in lines)]
+
     def hurry(self) -> None:
         """No more sleeping in the steps."""
         (self.directory / "hurry").touch()
 
     def results(self) -> list[dict[str, Any]]:
-        return [json.loads((self.directory / f"result{rank}.json").read_text()) for rank in range(NODES)]
+        return [json.loads((self.directory / f"result{rank}.json").read_text()) for rank in range(self.nodes)]
 
     def assert_clean(self) -> None:
         """No process, no socket, no port, no shared memory is left of the run."""
@@ -88,7 +112,7 @@ class Training(Run):
 def train() -> Iterator[Callable[..., Training]]:
     runs: list[Training] = []
 
-    def begin(strategy: str, **options: str) -> Training:
+    def begin(strategy: str, **options: Any) -> Training:
         # A short path: agents' sockets must fit in 100 bytes.
         directory = Path(tempfile.mkdtemp(prefix="gemini-", dir="/tmp"))
         runs.append(Training(directory, strategy, **options))
@@ -103,19 +127,19 @@ def train() -> Iterator[Callable[..., Training]]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed() -> Callable[[str, int], list[dict[str, Any]]]:
+def undisturbed() -> Callable[..., list[dict[str, Any]]]:
     """What every rank has at the end of a run that nobody disturbs, without checkpoints."""
-    known: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    known: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
 
-    def results(stage: str, epochs: int = EPOCHS) -> list[dict[str, Any]]:
-        if (stage, epochs) not in known:
+    def results(stage: str, epochs: int = EPOCHS, nodes: int = NODES) -> list[dict[str, Any]]:
+        if (stage, epochs, nodes) not in known:
             directory = Path(tempfile.mkdtemp(prefix="gemini-", dir="/tmp"))
             strategy = json.dumps({"stage": int(stage), "checkpoint_every": 0})
-            run = Training(directory, strategy, epochs=str(epochs))
+            run = Training(directory, strategy, epochs=epochs, nodes=nodes)
             run.hurry()
             assert run.wait(180) == 0, run.output.read_text()
-            known[stage, epochs] = run.results()
+            known[stage, epochs, nodes] = run.results()
             shutil.rmtree(directory)
-        return known[stage, epochs]
+        return known[stage, epochs, nodes]
 
     return results

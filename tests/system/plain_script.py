@@ -1,4 +1,4 @@
-"""A Lightning script that nobody prepared: ``python plain_script.py STRATEGY OUT [EPOCHS]``."""
+"""A Lightning script that nobody prepared: ``python plain_script.py STRATEGY OUT EPOCHS [SECONDS]``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_gemini
 
 OUT = Path(sys.argv[2])
+SLEEP_S = float(sys.argv[4]) if len(sys.argv) > 4 else 0.1  # in each step, so that there is time to disturb it
 
 
 class Net(pl.LightningModule):
@@ -28,7 +29,7 @@ class Net(pl.LightningModule):
         features, labels = batch
         loss = nn.functional.cross_entropy(self.layers(features), labels)
         self.log("loss", loss)
-        time.sleep(0.0 if (OUT / "hurry").exists() else 0.1)
+        time.sleep(0.0 if (OUT / "hurry").exists() else SLEEP_S)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -43,6 +44,8 @@ class History(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append(float(outputs["loss"]))
+        with (OUT / f"times{trainer.global_rank}.txt").open("a") as times:
+            times.write(f"{len(self.losses)} {time.time()}\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"losses": list(self.losses)}

@@ -63,7 +63,7 @@ def test_workers_and_nodes(train: Train, undisturbed: Undisturbed, seed: int, st
 @pytest.mark.timeout(900)
 def test_twenty_kills_in_a_row(train: Train, undisturbed: Undisturbed, seed: int) -> None:
     draw = random.Random(seed)
-    run = train("gemini_stage_2", epochs="40")
+    run = train("gemini_stage_2", epochs=40)
     kinds = [draw.choice(["software", "software", "hardware"]) for _ in range(20)]
     for kind in kinds:
         strike(run, draw, kind, draw.randrange(NODES))

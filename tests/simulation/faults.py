@@ -1,0 +1,217 @@
+"""What goes wrong in a schedule, and when."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from tests.simulation.processes import kill
+from tests.simulation.scheduler import Process
+
+_WEIGHTS = {
+    "worker killed": 5,
+    "machine lost": 5,
+    "root lost": 4,
+    "machines lost together": 2,
+    "agent paused": 4,
+    "machine paused": 2,
+    "fork server killed": 1,
+    "cut off from the store": 3,
+    "cut off from its peers": 3,
+    "cluster cut in two": 2,
+    "connections reset": 3,
+    "store away": 3,
+    "answers of the store lost": 3,
+    "network slow": 2,
+    "disk slow": 1,
+    "disk full": 1,
+}
+
+
+class Injector:
+    """Injects the faults of a schedule.
+
+    Args:
+        cluster: The victim.
+        dice: Of this schedule's faults.
+
+    Attributes:
+        counts: What was done, by kind.
+        last_s: When the effect of the last fault is over.
+    """
+
+    def __init__(self, cluster: Any, dice: random.Random) -> None:
+        self._cluster, self._dice = cluster, dice
+        self.counts: Counter[str] = Counter()
+        self.last_s = 0.0
+        self._deeds: dict[str, Callable[[], bool]] = {
+            "worker killed": self._kill_worker,
+            "machine lost": lambda: self._lose(1),
+            "root lost": self._lose_root,
+            "machines lost together": lambda: self._lose(2 + (dice.random() < 0.3)),
+            "agent paused": self._pause_agent,
+            "machine paused": self._pause_machine,
+            "fork server killed": self._kill_pool,
+            "cut off from the store": self._cut_store,
+            "cut off from its peers": self._cut_peers,
+            "cluster cut in two": self._cut_in_two,
+            "connections reset": self._reset,
+            "store away": self._stop_store,
+            "answers of the store lost": self._lose_answers,
+            "network slow": self._slow_network,
+            "disk slow": self._slow_disk,
+            "disk full": self._fill_disk,
+        }
+
+    def start(self) -> None:
+        """Plans all faults: some while the job trains, some while it recovers from the one before."""
+        parameters, dice = self._cluster.parameters, self._dice
+        booted_s = parameters.machine_boot_s + parameters.pool_boot_s
+        training_s = parameters.steps * parameters.step_s
+        when_s = dice.random() * (booted_s + training_s) if dice.random() < 0.2 else booted_s + dice.random() * training_s
+        kinds = dice.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=parameters.faults)
+        for kind in kinds:
+            self._cluster.scheduler.call(when_s, self._inject, kind)
+            self.last_s = max(self.last_s, when_s)
+            soon = dice.random() < 0.6
+            when_s += dice.expovariate(1.0) if soon else dice.uniform(1.0, 4.0 + training_s / 2)
+
+    def _inject(self, kind: str) -> None:
+        if not self._cluster.ended and self._deeds[kind]():
+            self.counts[kind] += 1
+        else:
+            self.counts["(nothing left to hit)"] += 1
+
+    def _lasts(self, least_s: float, most_s: float) -> float:
+        duration_s = least_s * (most_s / least_s) ** self._dice.random()
+        self.last_s = max(self.last_s, self._cluster.scheduler.now + duration_s)
+        return duration_s
+
+    def _note(self, what: str) -> bool:
+        self._cluster.note(f"FAULT: {what}")
+        return True
+
+    # -- processes and machines ----------------------------------------------------------------------------------------
+
+    def _agent(self) -> Process | None:
+        agents = self._cluster.agents()
+        return self._dice.choice(agents) if agents else None
+
+    def _kill_worker(self) -> bool:
+        workers = [p for p in self._cluster.processes.values() if p.alive and "RANK" in p.environ]
+        if not workers:
+            return False
+        victim = self._dice.choice(workers)
+        self._note(f"{victim} killed")
+        kill(victim)
+        return True
+
+    def _kill_pool(self) -> bool:
+        pools = [p for p in self._cluster.processes.values() if p.alive and p.name.endswith("/pool")]
+        if not pools:
+            return False
+        victim = self._dice.choice(pools)
+        self._note(f"{victim} killed")
+        kill(victim)
+        return True
+
+    def _lose(self, number: int) -> bool:
+        agents = self._cluster.agents()
+        victims = [p.machine for p in self._dice.sample(agents, min(number, len(agents)))]
+        return bool(victims) and self._power_off(victims)
+
+    def _lose_root(self) -> bool:
+        root = self._cluster.checks.agents.get(self._cluster.checks._root)
+        return root is not None and root.alive and self._power_off([root.machine])
+
+    def _power_off(self, machines: list[Any]) -> bool:
+        silent = self._dice.random() < 0.5
+        self._note(f"{machines} lost{' silently' if silent else ''}")
+        self._cluster.lose(machines, silent=silent)
+        return True
+
+    def _pause_agent(self) -> bool:
+        agent = self._agent()
+        return agent is not None and self._pause([agent])
+
+    def _pause_machine(self) -> bool:
+        agent = self._agent()
+        return agent is not None and self._pause(list(agent.machine.processes))
+
+    def _pause(self, processes: list[Process]) -> bool:
+        scheduler, duration_s = self._cluster.scheduler, self._lasts(0.1, 10.0)
+        self._note(f"{processes} paused for {duration_s:.2f} s")
+        for process in processes:
+            scheduler.pause(process)
+            scheduler.call(duration_s, scheduler.resume, process)
+        return True
+
+    # -- network -------------------------------------------------------------------------------------------------------
+
+    def _cut(self, some: list[Any], others: list[Any]) -> bool:
+        duration_s, both_ways = self._lasts(0.1, 8.0), self._dice.random() < 0.8
+        self._note(f"{some} cut off from {others} for {duration_s:.2f} s{'' if both_ways else ' (one way)'}")
+        self._cluster.network.cut(some, others, duration_s, both_ways=both_ways)
+        return True
+
+    def _cut_store(self) -> bool:
+        agent = self._agent()
+        return agent is not None and self._cut([agent.machine], [self._cluster.store])
+
+    def _cut_peers(self) -> bool:
+        agent = self._agent()
+        others = [p.machine for p in self._cluster.agents() if p is not agent]
+        return agent is not None and self._cut([agent.machine], others)
+
+    def _cut_in_two(self) -> bool:
+        machines = [p.machine for p in self._cluster.agents()]
+        if len(machines) < 2:
+            return False
+        some = self._dice.sample(machines, self._dice.randint(1, len(machines) - 1))
+        others = [machine for machine in machines if machine not in some]
+        return self._cut(some, [*others, self._cluster.store])
+
+    def _reset(self) -> bool:
+        agent = self._agent()
+        if agent is None:
+            return False
+        self._note(f"connections of {agent.machine} reset")
+        for handle in list(agent.sockets.values()):
+            endpoint = handle._endpoint
+            if endpoint is not None and endpoint.peer.machine is not agent.machine:
+                endpoint.break_off()
+                endpoint.peer.break_off()
+        return True
+
+    def _slow_network(self) -> bool:
+        self._cluster.network.slow_until_s = self._cluster.scheduler.now + self._lasts(0.5, 8.0)
+        return self._note("network slow")
+
+    # -- store and disk ------------------------------------------------------------------------------------------------
+
+    def _stop_store(self) -> bool:
+        store, duration_s = self._cluster.store, self._lasts(0.1, 8.0)
+        self._note(f"store away for {duration_s:.2f} s")
+        store.stop()
+        self._cluster.scheduler.call(duration_s, store.start)
+        return True
+
+    def _lose_answers(self) -> bool:
+        store, duration_s = self._cluster.store, self._lasts(0.5, 8.0)
+        self._note(f"answers of the store lost for {duration_s:.2f} s")
+        store.forgetful = 0.2 + 0.6 * self._dice.random()
+        self._cluster.scheduler.call(duration_s, self._remember)
+        return True
+
+    def _remember(self) -> None:
+        self._cluster.store.forgetful = 0.0
+
+    def _slow_disk(self) -> bool:
+        self._cluster.disk.slow_until_s = self._cluster.scheduler.now + self._lasts(1.0, 10.0)
+        return self._note("disk slow")
+
+    def _fill_disk(self) -> bool:
+        self._cluster.disk.failing_until_s = self._cluster.scheduler.now + self._lasts(1.0, 10.0)
+        return self._note("disk full")

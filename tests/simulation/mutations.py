@@ -1,0 +1,138 @@
+"""Known bad protocols, to prove that the simulator finds what it is made to find."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+from lightning_gemini.callbacks import peer_memory, publisher
+from lightning_gemini.callbacks.publisher import VersionPublisher
+from lightning_gemini.controlplane.agent import MachineAgent
+from lightning_gemini.controlplane.election import Election
+from lightning_gemini.controlplane.membership import Registration
+from lightning_gemini.controlplane.slot_agent import SlotAgent
+from lightning_gemini.core.consistency import BufferView
+from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane.slab import Buffer, Slab
+from lightning_gemini.dataplane.store import ShardStore
+
+Mutation = Callable[[], AbstractContextManager[object]]
+
+
+def _oldest(buffers: tuple[BufferView, BufferView], _: VersionId | None) -> int:
+    return min((0, 1), key=lambda index: (buffers[index].id is not None, buffers[index].id or VersionId(0, 0)))
+
+
+@contextlib.contextmanager
+def _reuse_before_commit() -> Iterator[None]:
+    """A rank overwrites v-1 as soon as it wants to write v+1, whether v is committed or not."""
+    with (
+        patch.object(VersionPublisher, "ready", lambda self, step: True),
+        patch.object(publisher, "writable_buffer", _oldest),
+    ):
+        yield
+
+
+def _delete_before_acknowledged() -> AbstractContextManager[object]:
+    """A holder deletes v-1 when v begins to arrive."""
+    original = ShardStore.replica_target
+
+    def replica_target(self: ShardStore, owner: int, version: VersionId, *rest: Any, **more: Any) -> Buffer | None:
+        buffer = original(self, owner, version, *rest, **more)
+        slab = self.slab(owner)
+        for other in slab.buffers if slab is not None and buffer is not None else ():
+            if other is not buffer:
+                other.drop()
+        return buffer
+
+    return patch.object(ShardStore, "replica_target", replica_target)
+
+
+def _commit_without_replicas() -> AbstractContextManager[object]:
+    """A version counts as committed when every rank has written its own copy."""
+    return patch.object(VersionPublisher, "_is_complete", lambda self, version: self._slab.holding(version) is not None)
+
+
+def _remember_acknowledgements() -> AbstractContextManager[object]:
+    """What the holders of an earlier generation held still counts, although some are new machines."""
+    return patch.object(Slab if hasattr(Slab, "forget_peers") else Buffer, "forget_peers", lambda self: None)
+
+
+def _unguarded_root() -> AbstractContextManager[object]:
+    """A root that lost its lease goes on writing."""
+
+    def put(self: Election, key: str, value: str, revision: int) -> bool:
+        self.store.put(key, value)
+        return True
+
+    return patch.object(Election, "put", put)
+
+
+def _obey_orders_for_others() -> AbstractContextManager[object]:
+    """An agent obeys the order in the store, although it names its predecessor on the slot."""
+    original = SlotAgent.obey
+
+    def obey(self: SlotAgent, order: Any) -> bool:
+        mine = {"incarnation": self._settings.incarnation}
+        members = [dataclasses.replace(m, **mine) if m.machine == self.slot else m for m in order.members]
+        return original(self, dataclasses.replace(order, members=tuple(members)))
+
+    return patch.object(SlotAgent, "obey", obey)
+
+
+def _take_slot_by_force() -> AbstractContextManager[object]:
+    """An agent writes its record over that of whoever holds the slot."""
+
+    def register(self: Registration, lease: int) -> bool:
+        self.store.put(self.key, __import__("json").dumps(dataclasses.asdict(self.record)), lease)
+        return True
+
+    return patch.object(Registration, "register", register)
+
+
+def _restore_what_is_here() -> AbstractContextManager[object]:
+    """Every rank plans from its own machine's memory first."""
+    original = peer_memory.PeerMemory._inventories
+
+    def inventories(self: peer_memory.PeerMemory) -> Any:
+        found = original(self)
+        mine = {holding.id for holding in found[self.identity.machine].holdings}
+        return [
+            dataclasses.replace(each, holdings=tuple(h for h in each.holdings if not mine or h.id in mine))
+            for each in found
+        ]
+
+    return patch.object(peer_memory.PeerMemory, "_inventories", inventories)
+
+
+def _no_fence() -> AbstractContextManager[object]:
+    """A report does not end the transfers of the generation before."""
+    return patch.object(MachineAgent, "_end_transfers", lambda self: None)
+
+
+MUTATIONS: dict[str, Mutation] = {
+    "reuse-before-commit": _reuse_before_commit,
+    "delete-before-acknowledged": _delete_before_acknowledged,
+    "commit-without-replicas": _commit_without_replicas,
+    "remember-acknowledgements": _remember_acknowledgements,
+    "unguarded-root": _unguarded_root,
+    "obey-orders-for-others": _obey_orders_for_others,
+    "take-slot-by-force": _take_slot_by_force,
+    "restore-what-is-here": _restore_what_is_here,
+    "no-fence": _no_fence,
+}
+"""By name; what each does is what its function says."""
+
+
+@contextlib.contextmanager
+def mutated(name: str | None) -> Iterator[None]:
+    """Puts a mutation in, if one is named."""
+    if name is None:
+        yield
+        return
+    with MUTATIONS[name]():
+        yield

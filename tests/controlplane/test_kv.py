@@ -15,10 +15,11 @@ from lightning_gemini.controlplane.election import Election
 from lightning_gemini.controlplane.kv.base import KeyChange, StoreUnavailableError
 from lightning_gemini.controlplane.kv.cluster import EtcdCluster
 from lightning_gemini.controlplane.kv.etcd import EtcdKeyValueStore, reachable
-from lightning_gemini.controlplane.membership import JobKeys, Member, Membership
+from lightning_gemini.controlplane.membership import JobKeys, Member, Registration
 from lightning_gemini.controlplane.processes import PROTOBUF_VARIABLE
 from lightning_gemini.controlplane.session import Session
 from lightning_gemini.errors import ConfigurationError
+from tests.controlplane.lossy_proxy import LossyProxy
 
 
 @pytest.fixture(scope="module", params=[1, 3])
@@ -93,6 +94,31 @@ def test_a_watch_reports_what_is_there_and_then_every_change(store: EtcdKeyValue
         seen.get(timeout=0.3)
 
 
+def test_a_call_whose_answer_was_lost_is_told_the_truth(
+    store: EtcdKeyValueStore, etcd: EtcdCluster, prefix: str
+) -> None:
+    last = etcd.endpoint.split(",")[-1]
+    with LossyProxy(last) as proxy:
+        client = EtcdKeyValueStore(f"{proxy.endpoint},{last}", timeout_s=1.0)
+        lease = client.grant(5)
+        client.put(prefix + "order", "1")
+        proxy.losing.set()
+        revision = client.put_if_absent(prefix + "root", "one", lease)
+        assert proxy.lost_bytes, "the first attempt took place, unheard"
+        kept = store.get(prefix + "root")
+        assert kept is not None
+        assert kept.create_revision == revision, "the caller knows that it was the first"
+        client.close()
+        lost, client = proxy.lost_bytes, EtcdKeyValueStore(f"{proxy.endpoint},{last}", timeout_s=1.0)
+        proxy.losing.clear()
+        client.get(prefix + "order")
+        proxy.losing.set()
+        assert client.put_guarded(prefix + "order", "2", prefix + "root", kept.create_revision)
+        assert proxy.lost_bytes > lost
+        assert store.get(prefix + "order").value == "2"  # type: ignore[union-attr]
+        client.close()
+
+
 @pytest.fixture
 def own_etcd(tmp_path: Path) -> Iterator[EtcdCluster]:
     cluster = EtcdCluster(tmp_path)
@@ -148,10 +174,10 @@ def test_a_session_replaces_a_lost_lease_and_says_so(store: EtcdKeyValueStore) -
     session = Session(store, 2, renewed.append)
     session.start()
     first = session.lease
-    assert not session.lost_lately()
+    assert not session.troubled_lately()
     store.revoke(first)
     wait_until(lambda: bool(renewed))
-    assert session.lost_lately()
+    assert session.troubled_lately()
     assert session.lease == renewed[0] != first
     session.close()
     assert not store.keep_alive(session.lease)
@@ -161,7 +187,7 @@ def test_one_candidate_leads_and_its_successor_fences_it(store: EtcdKeyValueStor
     sessions = [Session(store, 2, lambda _: None) for _ in range(2)]
     for session in sessions:
         session.start()
-    first, second = (Election(store, prefix + "root", s, i, str(i)) for i, s in enumerate(sessions))
+    first, second = (Election(store, prefix + "root", s, f"machine-{i}", str(i)) for i, s in enumerate(sessions))
     revision = first.campaign()
     assert revision is not None
     assert first.campaign() == revision
@@ -178,7 +204,7 @@ def test_one_candidate_leads_and_its_successor_fences_it(store: EtcdKeyValueStor
 
 def test_a_slot_belongs_to_one_incarnation(store: EtcdKeyValueStore) -> None:
     keys = JobKeys(os.urandom(4).hex())
-    old, new = (Membership(store, keys, Member(0, "h", 1, 2, name)) for name in ("old", "new"))
+    old, new = (Registration(store, keys.member(0), Member(0, "h", 1, 2, name)) for name in ("old", "new"))
     leases = [store.grant(5) for _ in range(3)]
     assert old.register(leases[0])
     assert not new.register(leases[1])
@@ -187,8 +213,8 @@ def test_a_slot_belongs_to_one_incarnation(store: EtcdKeyValueStore) -> None:
     assert store.get(keys.member(0)) is not None
     store.revoke(leases[2])
     assert new.register(leases[1])
-    assert keys.split(keys.member(0)) == ("members", 0)
-    assert keys.split(keys.order) == ("order", None)
+    assert keys.split(keys.member(0)) == ("members", "0")
+    assert keys.split(keys.order) == ("order", "")
 
 
 def test_the_variable_that_etcd3_needs_does_not_leak() -> None:

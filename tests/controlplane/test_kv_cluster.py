@@ -100,7 +100,9 @@ def test_nothing_is_lost_with_one_member(
     sessions = [Session(connect(), TTL_S, renewed.append) for _ in range(2)]
     for session in sessions:
         session.start()
-    ours, theirs = (Election(connect(), prefix + "root", each, i, str(i)) for i, each in enumerate(sessions))
+    ours, theirs = (
+        Election(connect(), prefix + "root", each, f"machine-{i}", str(i)) for i, each in enumerate(sessions)
+    )
     revision = ours.campaign()
     assert revision is not None
     seen: dict[str, str | None] = {}

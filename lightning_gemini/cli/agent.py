@@ -54,7 +54,7 @@ def agent(chosen: argparse.Namespace) -> int:
         job=chosen.job,
         etcd=chosen.etcd,
         secret=_secret(chosen.secret_file),
-        name=chosen.name or f"{socket.gethostname()}-{os.getpid()}",
+        name=chosen.name or f"{socket.gethostname()[:40]}-{os.getpid()}",
         host=chosen.host,
         run_dir=chosen.run_dir,
         domain=os.environ.get("LIGHTNING_GEMINI_DOMAIN", ""),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 EVENTS_FILE = "events.jsonl"
+_lost_lines = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +80,28 @@ class EventLog:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends one line in a single write, so that it never mixes with those of other processes."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    """Appends one line in a single write, so that it never mixes with those of other processes.
+
+    A disk that is full or gone loses lines, and stops neither training nor recovery: said once, on standard error, since
+    the log is on that disk too.
+    """
+    global _lost_lines
+    data = line.encode() + b"\n"
     try:
-        os.write(descriptor, line.encode() + b"\n")
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if _lost_lines:
+                os.write(descriptor, b"\n")  # ends what the last one may have begun
+            if os.write(descriptor, data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            os.close(descriptor)
+        _lost_lines = 0
+    except OSError as error:
+        _lost_lines += 1
+        if _lost_lines == 1:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"lightning-gemini: {path} cannot be written ({error}); events are lost meanwhile\n")
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
@@ -91,4 +111,5 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
             if line.endswith("\n"):
-                yield json.loads(line)
+                with contextlib.suppress(ValueError):  # a full disk cut it short
+                    yield json.loads(line)

@@ -15,7 +15,7 @@ from lightning_gemini.errors import OperatorError
 _log = logging.getLogger(__name__)
 _MAX_STILLBORN = 3
 _BACKOFF_S = (1.0, 30.0)  # first and longest pause after a provider refused
-_ABSENT_S = 5.0  # for a machine that lost its lease to come back
+_ABSENT_S = 8.0  # for a machine that lost its lease to come back; longer than the root awaits it
 _BOOT_S = 600.0  # from running to the agent's first word
 
 
@@ -68,6 +68,8 @@ class Reconciler:
                 if end is not None:
                     return end
                 self._destroy(machine, _describe_end(machine))
+                if self._stillborn > _MAX_STILLBORN:
+                    raise OperatorError(f"its machines end before their agents say a word ({machine.detail})")
             elif (why := self._given_up(machine)) is not None:
                 self._destroy(machine, why)
             else:
@@ -86,7 +88,7 @@ class Reconciler:
             self._stillborn = 0
             return None
         self._stillborn += 1
-        if self._stillborn <= _MAX_STILLBORN:
+        if self._stillborn <= _MAX_STILLBORN or code is None:
             return None
         return JobEnd(
             False, f"the agent of {machine.name} was killed at its start, again and again ({machine.detail})", 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import secrets
@@ -21,6 +22,7 @@ from lightning_gemini.errors import ConfigurationError
 
 JOB_FILE = "job.json"
 _SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 108 with the final zero
+_LONG_NAME = 16
 
 
 @dataclass(slots=True)
@@ -136,7 +138,9 @@ def slot_socket(run_dir: Path, job: str, slot: int) -> Path:
 
 def machine_socket(run_dir: Path, job: str, name: str) -> Path:
     """Returns where the agent of a machine listens."""
-    return _socket(run_dir / "nodes" / name / "machine.sock", f"{job}-machine-{name}.sock")
+    # A scheduler's names alone take most of what the path of a unix socket may have.
+    short = name if len(name) <= _LONG_NAME else hashlib.sha256(name.encode()).hexdigest()[:12]
+    return _socket(run_dir / "nodes" / short / "machine.sock", f"{job}-machine-{short}.sock")
 
 
 def link_slot(run_dir: Path, job: str, slot: int, target: Path) -> None:

@@ -57,6 +57,7 @@ class Terminal:
         self._said: set[str] = set()
         self._restored: dict[int, list[dict[str, Any]]] = {}
         self._exits: list[dict[str, Any]] = []
+        self._started = False
 
     def refresh(self) -> None:
         """Shows what is new."""
@@ -89,9 +90,12 @@ class Terminal:
         name = event["event"]
         if name == "generation_started":
             self._exits.clear()
+            self._started = True
             self.say(_describe_generation(event))
         elif name == "failure_detected":
             self.say(f"{event['kind']} failure: {event['detail']}")
+        elif name == "member_joined" and self._started:
+            self.say(f"{event['name']} has node {event['node']} now")
         elif name == "fault_injected":
             self.say(f"injected: {event['signal']} to {event['kind']} of node {event['node']} (pids {event['pids']})")
         elif name == "worker_exit" and not event["expected"] and event["code"] != 0:

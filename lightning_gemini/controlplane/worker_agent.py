@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 
 from lightning_gemini.controlplane.agent import AgentSettings, MachineAgent
 from lightning_gemini.controlplane.agent_settings import EXIT_FENCED, WorkerAgentSettings
+from lightning_gemini.controlplane.candidacy import Candidacy
 from lightning_gemini.controlplane.election import Election
 from lightning_gemini.controlplane.events import EVENTS_FILE, EventLog
 from lightning_gemini.controlplane.job_view import JobView
 from lightning_gemini.controlplane.kv.base import KeyChange, KeyValueStore, StoreUnavailableError
 from lightning_gemini.controlplane.logs import JsonLinesHandler
-from lightning_gemini.controlplane.membership import JobKeys, Member, Registration, Spare
+from lightning_gemini.controlplane.membership import JobKeys, Registration, Spare
 from lightning_gemini.controlplane.orders import order_from_json
 from lightning_gemini.controlplane.root_agent import RootAgent
 from lightning_gemini.controlplane.root_events import JobShape
@@ -70,7 +71,6 @@ class WorkerAgent:
         self._view = JobView(self._keys)
         self._events = EventLog(settings.run_dir / EVENTS_FILE) if events is None else events
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._make_memory = make_memory
         self._pool = make_pool(
             lambda message: self._post(self._from_pool, message),
             preload=spec.preload,
@@ -82,9 +82,9 @@ class WorkerAgent:
         shape = JobShape(spec.nodes, spec.nproc_per_node, spec.max_failures, spec.report_timeout_s)
         election = Election(store, self._keys.root, self._session, settings.name, settings.incarnation)
         self._root = RootAgent(store, self._keys, shape, election, self._events)
-        self._spare = Spare(settings.name, settings.host, os.getpid(), settings.incarnation, settings.domain)
-        self._registration = Registration(store, self._keys.spare(settings.name), self._spare)
-        self._candidate: tuple[int, MachineAgent] | None = None  # a slot that this agent may take, its memory open
+        spare = Spare(settings.name, settings.host, os.getpid(), settings.incarnation, settings.domain)
+        self._registration = Registration(store, self._keys.spare(settings.name), spare)
+        self._candidacy = Candidacy(settings, store, spare, make_memory)
         self._duty: SlotAgent | None = None
         self._answers: dict[str, str] = {}  # what this agent last wrote below its lease
         self._stopping = False
@@ -119,12 +119,10 @@ class WorkerAgent:
         self._root.start()
 
     def _close(self) -> None:
-        memories = [self._candidate[1]] if self._candidate else []
-        memories += [self._duty.memory] if self._duty else []
         self._pool.close()
-        for memory in memories:
-            memory.close()
+        self._candidacy.close()
         if self._duty is not None:
+            self._duty.memory.close()
             unlink_slot(self.settings.run_dir, self.settings.job, self._duty.slot, self.settings.socket_path)
         self._root.close()
         self._session.close()
@@ -167,40 +165,12 @@ class WorkerAgent:
             time.sleep(_RETRY_S)
 
     def _seek_slot(self) -> None:
-        """Takes the slot that the root means for this agent, as soon as nobody else holds it."""
-        slot = self._view.slot_for(self.settings.name, self.settings.incarnation)
-        if self._candidate is not None and self._candidate[0] != slot:
-            self._candidate[1].close()
-            self._candidate = None
-        if slot is None or slot in self._view.members:
-            return
-        if self._candidate is None:
-            self._candidate = slot, self._open_memory(slot)
-        memory = self._candidate[1]
-        host, port = memory.replica_address
-        spare = self._spare
-        member = Member(slot, host, port, spare.pid, spare.incarnation, spare.name, spare.domain)
-        registration = Registration(self._store, self._keys.member(slot), member)
-        if self._insist(lambda: registration.register(self._session.lease)):
-            self._registration, self._candidate = registration, None
-            self._become_member(slot, memory)
-
-    def _open_memory(self, slot: int) -> MachineAgent:
-        settings = self.settings
-        memory = self._make_memory(
-            AgentSettings(
-                job=settings.job,
-                machine=slot,
-                socket_path=settings.socket_path,
-                secret=settings.secret,
-                bind_host=settings.host,
-                run_dir=settings.run_dir,
-            )
+        seat = self._candidacy.seek(
+            self._view, lambda registration: self._insist(lambda: registration.register(self._session.lease))
         )
-        memory.on_fatal = lambda rank, message: self._post(self._refused, rank, message)
-        memory.status_extra = self.status
-        memory.start()
-        return memory
+        if seat is not None:
+            self._registration = seat.registration
+            self._become_member(seat.slot, seat.memory)
 
     def _become_member(self, slot: int, memory: MachineAgent) -> None:
         settings = self.settings
@@ -208,6 +178,8 @@ class WorkerAgent:
         self._log_handler.node = slot
         self._log_handler.path = settings.run_dir / "logs" / f"node{slot}-agent.jsonl"
         self._duty = SlotAgent(settings, slot, memory, self._pool, self._port, events=self._events, answer=self._answer)
+        memory.on_fatal = lambda rank, message: self._post(self._refused, rank, message)
+        memory.status_extra = self.status
         threading.Thread(target=self._follow, args=(memory,), name="closed", daemon=True).start()
         link_slot(settings.run_dir, settings.job, slot, settings.socket_path)
         self._insist(lambda: self._store.delete(self._keys.spare(settings.name)))

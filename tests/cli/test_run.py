@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(120)
 
 
 def test_a_job_runs_to_its_end_and_leaves_nothing(start: Start, tmp_path: Path) -> None:
-    run = start(ENVIRONMENT, str(tmp_path), nproc=2)
+    run = start(ENVIRONMENT, str(tmp_path), nproc=2, domains="a,b")
     assert run.wait() == 0
     run.assert_nothing_left()
     assert [event["success"] for event in run.events("job_finished")] == [True]
@@ -29,6 +29,9 @@ def test_a_job_runs_to_its_end_and_leaves_nothing(start: Start, tmp_path: Path) 
     assert [env["RANK"] for env in workers] == ["0", "1", "2", "3"]
     assert [env["LOCAL_RANK"] for env in workers] == ["0", "1", "0", "1"]
     assert [env["GROUP_RANK"] for env in workers] == [env["LIGHTNING_GEMINI_NODE"] for env in workers] == list("0011")
+    assert [env["LIGHTNING_GEMINI_DOMAIN"] for env in workers] == list("aabb")
+    assert [env["LIGHTNING_GEMINI_MACHINE"][-1] for env in workers] == list("0011")
+    assert run.job()["domains"] == ["a", "b"]
     same = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "ROLE_WORLD_SIZE": "4", "TORCHELASTIC_RESTART_COUNT": "0"}
     same |= {"MASTER_ADDR": "127.0.0.1", "LIGHTNING_GEMINI_GENERATION": "1", "OMP_NUM_THREADS": "1"}
     same |= {"LIGHTNING_GEMINI_RUN_DIR": str(run.path), "TORCHELASTIC_RUN_ID": run.job()["job"]}
@@ -72,7 +75,7 @@ def test_killed_nodes_are_replaced(start: Start, victim: str) -> None:
     nodes = {"root": [root], "other": [(root + 1) % 3], "both": [root, (root + 1) % 3]}[victim]
     words = [word for node in nodes for word in ("--node", str(node))]
     fault = json.loads(run.call("inject", "--kind", "hardware", *words).stdout)
-    assert len(fault["pids"]) >= len(nodes)  # with the agent the rest dies, unless it is killed first
+    assert len(fault["pids"]) == 3 * len(nodes)
     assert run.wait() == 0, run.output.read_text()
     run.assert_nothing_left()
     assert not wait_gone(fault["pids"], 0)

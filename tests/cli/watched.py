@@ -35,11 +35,11 @@ class Watched:
         return []
 
     def standbys(self, count: int) -> list[Spare]:
-        def there() -> list[Spare] | None:
+        def there() -> tuple[list[Spare]] | None:
             found = [spare_from_json(each.value) for each in self.store.get_prefix(f"{self.keys.prefix}spares/")]
-            return found if len(found) == count else None
+            return (found,) if len(found) == count else None
 
-        return self.run.until(there)
+        return list(self.run.until(there)[0])
 
     def close(self) -> None:
         self.store.close()

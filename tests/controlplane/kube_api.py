@@ -99,6 +99,7 @@ class KubeApi:
 
 class _Handler(BaseHTTPRequestHandler):
     held: KubeApi
+
     def do_GET(self) -> None:
         self._serve("GET")
 

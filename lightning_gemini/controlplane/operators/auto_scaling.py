@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from lightning_gemini.errors import ConfigurationError, OperatorError
@@ -37,6 +36,7 @@ class GroupState:
         max_size: The largest.
         desired: How many it tries to have.
         instances: Those that it has, on their way in and out included, by id.
+        tags: Of the group.
     """
 
     name: str
@@ -44,6 +44,7 @@ class GroupState:
     max_size: int
     desired: int
     instances: Mapping[str, Instance]
+    tags: Mapping[str, str]
 
     @property
     def staying(self) -> list[str]:
@@ -74,12 +75,13 @@ class AutoScalingGroup:
         self.name = name
         self._errors = (BotoCoreError, ClientError)
         config = Config(
-            connect_timeout=timeout_s, read_timeout=timeout_s, retries={"mode": "standard", "max_attempts": _ATTEMPTS}
+            connect_timeout=timeout_s,
+            read_timeout=timeout_s,
+            retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
         )
         try:
             session = boto3.Session(region_name=region, profile_name=profile)
             self._scaling = session.client("autoscaling", config=config)
-            self._make_ec2 = partial(session.client, "ec2", config=config)  # rarely needed, and seconds to make
         except BotoCoreError as error:
             raise ConfigurationError(f"operator aws: {error}") from error
 
@@ -95,7 +97,8 @@ class AutoScalingGroup:
             )
             for one in group["Instances"]
         }
-        return GroupState(self.name, group["MinSize"], group["MaxSize"], group["DesiredCapacity"], instances)
+        tags = {tag["Key"]: tag["Value"] for tag in group["Tags"]}
+        return GroupState(self.name, group["MinSize"], group["MaxSize"], group["DesiredCapacity"], instances, tags)
 
     def claim(self, tags: Mapping[str, str]) -> None:
         """Gives new instances these tags, and keeps the group from choosing by itself which ones to end."""
@@ -130,18 +133,6 @@ class AutoScalingGroup:
         except OperatorError:
             if instance in self.state().staying:
                 raise
-
-    def tag_of_instances(self, tag: str, instances: Sequence[str]) -> dict[str, str]:
-        """Returns each instance's value of a tag; empty where it has none."""
-        values = dict.fromkeys(instances, "")
-        if instances:
-            named = [{"Name": "instance-id", "Values": list(instances)}]
-            answer = self._call(self._make_ec2().describe_instances, Filters=named)
-            for reservation in answer["Reservations"]:
-                for one in reservation["Instances"]:
-                    tags = {entry["Key"]: entry["Value"] for entry in one.get("Tags", [])}
-                    values[one["InstanceId"]] = tags.get(tag, "")
-        return values
 
     def last_trouble(self) -> str:
         """Returns why the group's last activity failed; empty if it did not."""

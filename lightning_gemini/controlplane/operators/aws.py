@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,20 +144,16 @@ class AwsOperator:
                 f"Auto Scaling group {self._group.name} has MinSize {state.min_size}: set it to 0, so that machines of "
                 "a job that has ended are not started again"
             )
-        strangers = self._strangers(state)
+        owner = state.tags.get(JOB_TAG)
+        strangers = [] if owner == self._access.job else state.staying
         if strangers and not self._settings.take_over:
-            raise ConfigurationError(_not_ours(self._group.name, strangers))
+            raise ConfigurationError(_not_ours(self._group.name, owner, strangers))
         for instance in strangers:
             self._group.terminate(instance)
         self._destroyed |= set(strangers)
         secret_file = self._settings.secret_file or str(self._access.secret_file)
         self._group.claim({JOB_TAG: self._access.job, ETCD_TAG: self._access.etcd, SECRET_FILE_TAG: secret_file})
         self._claimed = True
-
-    def _strangers(self, state: GroupState) -> dict[str, str]:
-        """Instances that are there before the job is, with the job that they were started for."""
-        jobs = self._group.tag_of_instances(JOB_TAG, state.staying)
-        return {instance: job for instance, job in jobs.items() if job != self._access.job}
 
     def _ask(self) -> list[Machine]:
         self._claim()
@@ -186,11 +182,8 @@ def _state(lifecycle: str, healthy: bool) -> MachineState:
     return MachineState.PENDING if lifecycle.startswith(_COMING) else MachineState.RUNNING
 
 
-def _not_ours(group: str, strangers: Mapping[str, str]) -> str:
-    shown = ", ".join(
-        f"{instance} ({f'job {job}' if job else 'no job'})" for instance, job in sorted(strangers.items())
-    )
+def _not_ours(group: str, owner: str | None, strangers: Sequence[str]) -> str:
     return (
-        f"Auto Scaling group {group} has instances that are not of this job: {shown}; end them, or let "
-        "take_over=true do so, or use another group"
+        f"Auto Scaling group {group} has instances of {f'job {owner}' if owner else 'no job'}: "
+        f"{', '.join(sorted(strangers))}; end them, or let take_over=true do so, or use another group"
     )

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from lightning_gemini.errors import ConfigurationError, OperatorError
 
 _log = logging.getLogger(__name__)
 _DESTROY_TIMEOUT_S = 10.0
+_SHELL_KILLED = range(129, 193)
+"""Codes of a shell, or of docker, whose command was killed by a signal: 128 and its number."""
+_SSH_LOST = 255
 
 
 class CommandOperator:
@@ -81,7 +85,7 @@ class CommandOperator:
 
     def machines(self) -> list[Machine]:
         """See `Operator.machines`."""
-        return self._children.machines()
+        return [replace(machine, returncode=_as_killed(machine.returncode)) for machine in self._children.machines()]
 
     def destroy_machine(self, name: str) -> None:
         """See `Operator.destroy_machine`."""
@@ -121,3 +125,11 @@ class CommandOperator:
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip()[-200:]
             _log.warning("%r ended with code %d: %s", text, done.returncode, said)
+
+
+def _as_killed(code: int | None) -> int | None:
+    """Tells a machine that was killed from one that ended by itself; how it ended may be unknown."""
+    if code in _SHELL_KILLED:
+        assert code is not None
+        return 128 - code
+    return None if code == _SSH_LOST else code

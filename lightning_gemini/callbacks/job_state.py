@@ -20,7 +20,7 @@ from lightning_gemini.controlplane import standalone
 from lightning_gemini.controlplane.events import EventLog, append_line
 from lightning_gemini.controlplane.refusal import report_refusal
 from lightning_gemini.core.recovery import Tier, VersionId
-from lightning_gemini.dataplane import persister, shard
+from lightning_gemini.dataplane import persistent_directory, shard
 from lightning_gemini.dataplane.persister import Persister
 from lightning_gemini.dataplane.shard import Layout
 from lightning_gemini.dataplane.snapshot import Snapshotter
@@ -159,7 +159,7 @@ class JobState:
             return None
         began = time.monotonic()
         directory = store.directory
-        candidates = self.group.from_first(persister.resumable(directory))
+        candidates = self.group.from_first(persistent_directory.resumable(directory))
         for name in candidates:
             found = self._read_persistent(directory / name, began)
             if all(self.group.gather(found is not None)):
@@ -169,7 +169,7 @@ class JobState:
     def _read_persistent(self, path: Path, began: float) -> RestoredShard | None:
         rank = self.identity.global_rank
         try:
-            stable, volatile, world_size = persister.load(path, rank, partitioned=self.zero.partitioned)
+            stable, volatile, world_size = persistent_directory.load(path, rank, partitioned=self.zero.partitioned)
         except PersistError as error:
             log.warning("%s; trying an older one", error)
             return None
@@ -247,20 +247,24 @@ class JobState:
             return None
         explicit = self.config.persist_dir
         if explicit is not None:
-            error: PersistError | None = None
-            try:
-                if self.identity.local_rank == 0:
-                    persister.probe(explicit)
-            except PersistError as failure:
-                error = failure
-            failures = [failure for failure in self.group.gather(error) if failure is not None]
-            if failures:
-                raise error or failures[0]
+            self._require_writable(explicit)
         directory = explicit or self.group.from_first(_default_directory(root_dir))
         world_size = self.identity.machines * self.identity.nproc_per_machine
         made = Persister(Path(directory), self.identity.global_rank, world_size, _deepspeed_files, _recovery_scripts())
         made.discard_abandoned()
         return made
+
+    def _require_writable(self, directory: Path) -> None:
+        """A run that goes on after a failure is not refused for its disk's sake: the persister says what is wrong."""
+        error: PersistError | None = None
+        try:
+            if self.identity.local_rank == 0 and not self.is_restart:
+                persistent_directory.probe(directory)
+        except PersistError as failure:
+            error = failure
+        failures = [failure for failure in self.group.gather(error) if failure is not None]
+        if failures:
+            raise error or failures[0]
 
 
 def _cost_log(rank: int) -> Callable[[dict[str, Any]], None]:

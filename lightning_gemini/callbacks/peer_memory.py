@@ -76,6 +76,8 @@ class PeerMemory:
         self.launched = AGENT_VARIABLE in os.environ  # by `lightning-gemini run`, which also ends the agent
         self._client: AgentClient | None = None
         self._corrupt: set[tuple[int, int, VersionId]] = set()  # (owner, machine, version)
+        self._discarded: set[VersionId] = set()  # of this rank, on its own machine
+        self._unusable: list[tuple[int, VersionId, Exception]] = []  # (machine, version, why): since the last plan
 
     @property
     def client(self) -> AgentClient:
@@ -147,15 +149,21 @@ class PeerMemory:
 
         Returns:
             This rank's shard, or ``None`` where memory cannot serve.
+
+        Raises:
+            RestoreError: Some rank's shard is whole, but this script cannot read it; raised on every rank.
         """
         began = time.monotonic()
         while True:
             inventories = self._inventories()
             plan = plan_recovery(self.placement, self.identity.nproc_per_machine, inventories)
+            self._say_what_instead(plan)
             if plan.id is None:
                 self._explain(inventories, plan)
                 return None
-            state = self._try(plan)
+            states: list[tuple[dict[str, Any], dict[str, Any]] | None] = []
+            self._together(lambda plan=plan, states=states: states.append(self._try(plan)))
+            (state,) = states
             if all(self._group.gather(state is not None)):
                 assert state is not None
                 tier = plan.tiers[self.identity.global_rank]
@@ -184,17 +192,34 @@ class PeerMemory:
             slab = self.client.attach_existing()
             buffer = slab.holding(version) if slab else None
             if buffer is None:
-                raise IntegrityError(f"version {version} of rank {rank} is not in memory any more")
+                raise IntegrityError(f"version {version.version} is not in memory any more")
             buffer.verify()
             return shard.read(buffer.data[: buffer.data_bytes])
         except (IntegrityError, OSError) as error:
-            log.warning("rank %d: skipped the copy of %s on machine %d: %s", rank, version, source, error)
-            self._corrupt.add((rank, source, version))
+            self._unusable.append((source, version, error))
             if source == self.identity.machine:
                 self.client.discard(version)
-                # the owner's copy is gone for good; a fresh one may be fetched into its place
-                self._corrupt.discard((rank, source, version))
+            if source != self.identity.machine or version in self._discarded:
+                self._corrupt.add((rank, source, version))
+            else:  # gone for good: a fresh copy may be fetched into its place, once
+                self._discarded.add(version)
             return None
+
+    def _say_what_instead(self, plan: RecoveryPlan) -> None:
+        """Copies that could not be used must not be forgotten: a machine whose memory rots is to be replaced."""
+        rank = self.identity.global_rank
+        for machine, version, error in self._unusable:
+            message = "rank %d: the copy of version %d on machine %d cannot be used (%s); %s"
+            log.warning(message, rank, version.version, machine, error, self._instead_of(version, plan))
+        self._unusable.clear()
+
+    def _instead_of(self, version: VersionId, plan: RecoveryPlan) -> str:
+        if plan.id is None:
+            return "memory holds no other version of all ranks: the persistent tier is next"
+        if plan.id != version:
+            return f"all ranks load version {plan.id.version} instead"
+        mine = (fetch.source for fetch in plan.fetches if fetch.owner == self.identity.global_rank)
+        return f"using the copy on machine {next(mine, self.identity.machine)} instead"
 
     def _explain(self, inventories: list[Inventory], plan: RecoveryPlan) -> None:
         seen = {holding.id for inventory in inventories for holding in inventory.holdings}

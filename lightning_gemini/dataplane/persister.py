@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import math
 import os
-import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,25 +21,25 @@ import torch
 
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import shard
+from lightning_gemini.dataplane.persistent_directory import (
+    FINISHED,
+    checkpoints,
+    is_result,
+    latest_checkpoint,
+    rank_file,
+)
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.errors import IntegrityError, PersistError
 
 log = logging.getLogger(__name__)
 
 KEEP = 2
-FINISHED = "gemini_finished"
-_TAG = re.compile(r"global_step(\d+)(?:\.(\d+))?$")
 _OTHERS_TIMEOUT_S = 600.0
 _POLL_S = 0.05
 _PREVIOUS_TIMEOUT_S = 1.0
 _ABORT_TIMEOUT_S = 5.0
 
 FilesOf = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
-
-
-def rank_file(rank: int) -> str:
-    """Name of the file with what DeepSpeed does not keep of a rank: RNG, data position, buffers."""
-    return f"gemini_rank_{rank:05d}.pt"
 
 
 def _failure_mark(rank: int) -> str:
@@ -102,7 +100,7 @@ class Persister:
     def mark_finished(self) -> None:
         """The job ended well: its last checkpoint is a result now, and no new job resumes from it by itself."""
         # The mark is in the checkpoint, so that it goes to no other when `latest` is replaced.
-        latest = _latest(self.directory)
+        latest = latest_checkpoint(self.directory)
         try:
             if self._rank == 0 and latest is not None and latest.is_dir():
                 (latest / FINISHED).touch()
@@ -121,6 +119,9 @@ class Persister:
             if self._rank == 0:
                 log.info("version %d persisted in %.1f s", version.version, time.monotonic() - began)
         except Exception as error:  # whatever it was, training must go on
+            if self._ending.is_set():
+                log.warning("version %d was not persisted to %s: the run ended first", version.version, self.directory)
+                return
             self.failures += 1
             if self.failures == 1 or self.failures % 100 == 0:  # once, then counted
                 log.warning(
@@ -153,12 +154,16 @@ class Persister:
             self._write_files(work, stable, volatile)
             if self._rank == 0:
                 self._finish(tag, work)
-        except BaseException:
+        except BaseException as error:
             if self._rank == 0:
                 shutil.rmtree(work, ignore_errors=True)  # a full disk would stay full
-            else:
-                with contextlib.suppress(OSError):
-                    (work / _failure_mark(self._rank)).touch()  # rank 0 need not wait
+                raise
+            try:
+                (work / _failure_mark(self._rank)).touch()  # rank 0 need not wait
+            except FileNotFoundError:
+                raise PersistError(f"{work.name} is gone: rank 0 gave it up, or the disk is away") from error
+            except OSError:
+                pass  # rank 0 will find out
             raise
 
     def _write_files(self, work: Path, stable: dict[str, Any], volatile: dict[str, Any]) -> None:
@@ -189,29 +194,41 @@ class Persister:
         _sync_directory(self.directory)
         _replace_text(self.directory / "latest", final.name)
         for _, old in checkpoints(self.directory)[KEEP:]:
-            if not (old / FINISHED).exists():
+            if not is_result(old):
                 shutil.rmtree(old, ignore_errors=True)
         self.discard_abandoned(before=int(tag.removeprefix("global_step")))
 
     def _save(self, content: Any, path: Path) -> None:
         temporary = path.with_name(path.name + ".part")
         with open(temporary, "wb") as stream:
-            torch.save(content, _UntilTheEnd(stream, self._ending))
+            file = _WatchedFile(stream, self._ending)
+            try:
+                torch.save(content, file)  # type: ignore[arg-type]  # it only writes
+            except RuntimeError as error:
+                raise file.error or error from None
             stream.flush()
             os.fsync(stream.fileno())
         temporary.rename(path)
 
 
-class _UntilTheEnd:
-    """A file that takes nothing more when the run ends; what ``torch.save`` needs of one."""
+class _WatchedFile:
+    """What ``torch.save`` needs of a file; takes nothing more when the run ends, and remembers why a write failed.
+
+    Torch makes "unexpected pos 64 vs 0" of a full disk.
+    """
 
     def __init__(self, stream: BinaryIO, ending: threading.Event) -> None:
         self._stream, self._ending = stream, ending
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        if self._ending.is_set():
-            raise PersistError("the run ended before it was written")
-        return self._stream.write(data)
+        try:
+            if self._ending.is_set():
+                raise PersistError("the run ended before it was written")
+            return self._stream.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
 
     def flush(self) -> None:
         self._stream.flush()
@@ -229,109 +246,6 @@ def _unused(final: Path) -> Path:
     """An older checkpoint of the same step may be the one that ``latest`` names: it stays until it is replaced."""
     names = itertools.chain([final], (final.with_name(f"{final.name}.{number}") for number in itertools.count(1)))
     return next(path for path in names if not path.exists())
-
-
-def probe(directory: Path) -> None:
-    """Check that the directory can be written, before training starts.
-
-    Raises:
-        PersistError: It cannot.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        test = directory / f".probe-{os.getpid()}"
-        test.write_bytes(b"")
-        test.unlink()
-    except OSError as error:
-        raise PersistError(
-            f"persist_dir {directory} cannot be written ({error.strerror}): "
-            "make it writable or choose another directory"
-        ) from error
-
-
-def checkpoints(directory: Path) -> list[tuple[int, Path]]:
-    """(version, directory) of every whole checkpoint, the one that ``latest`` names first, then newest first.
-
-    Those of later steps than that one come last: training went back behind them.
-    """
-    try:
-        found = [(int(match[1]), int(match[2] or 0), path) for path, match in _tagged(directory)]
-    except OSError:
-        return []
-    latest = _latest(directory)
-    newest = next((step for step, _, path in found if path == latest), math.inf)
-    found.sort(key=lambda entry: (entry[2] != latest, entry[0] > newest, -entry[0], -entry[1]))
-    return [(step, path) for step, _, path in found]
-
-
-def _tagged(directory: Path) -> Iterator[tuple[Path, re.Match[str]]]:
-    for path in directory.iterdir():
-        if match := _TAG.match(path.name):
-            yield path, match
-
-
-def _latest(directory: Path) -> Path | None:
-    try:
-        name = (directory / "latest").read_text().strip()
-    except (OSError, ValueError):
-        return None
-    return directory / name if name else None
-
-
-def is_finished(directory: Path) -> bool:
-    """Whether the newest checkpoint there is the result of a job that ended well."""
-    latest = _latest(directory)
-    return latest is not None and _is_marked(latest)
-
-
-def _is_marked(path: Path) -> bool:
-    try:
-        return (path / FINISHED).exists()
-    except OSError:  # the disk is gone, and with it the checkpoint
-        return False
-
-
-def resumable(directory: Path) -> list[str]:
-    """Names of the checkpoints that a new run may resume from by itself, best first."""
-    if is_finished(directory):
-        return []
-    return [path.name for _, path in checkpoints(directory) if not _is_marked(path)]
-
-
-def load(path: Path, rank: int, *, partitioned: bool) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Read one rank's state from a persistent checkpoint.
-
-    Args:
-        path: One checkpoint's directory (``.../global_step12``).
-        rank: Global rank.
-        partitioned: Whether weights are partitioned (ZeRO-3); otherwise rank 0 alone reads them.
-
-    Returns:
-        Stable and volatile state as the snapshot took them, and the world size that wrote them.
-
-    Raises:
-        PersistError: A file is missing or unreadable.
-    """
-    with _readable(path):
-        mine = torch.load(path / rank_file(rank), map_location="cpu", weights_only=False)
-        constant = shard.unpack(mine["constant"])
-        stable: dict[str, Any] = {"constant": mine["constant"], "parameters": None, "frozen": None}
-        optimizer = torch.load(path / constant["optimizer_file"], map_location="cpu", weights_only=False)
-        stable["optimizer"] = optimizer["optimizer_state_dict"]
-        if partitioned or rank == 0:
-            model = torch.load(path / constant["model_file"], map_location="cpu", weights_only=False)
-            buffers = mine["volatile"]["buffers"]
-            stable["parameters"] = {name: value for name, value in model["module"].items() if name not in buffers}
-            stable["frozen"] = model["frozen_param_fragments"] if partitioned else None
-    return stable, mine["volatile"], int(mine["world_size"])
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # torch.load raises nearly anything on a damaged file
-        raise PersistError(f"the persistent checkpoint {path} cannot be read: {error}") from error
 
 
 def _provide(script: Path, target: Path) -> None:

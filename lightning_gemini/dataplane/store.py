@@ -108,6 +108,12 @@ class ShardStore:
         """Shared memory taken."""
         return sum(slab.total_bytes for slab in self.slabs())
 
+    @property
+    def committed(self) -> VersionId | None:
+        """The newest version that a rank of this machine knows to be complete on all holders of all ranks."""
+        slabs = [slab for rank in self.own_ranks() if (slab := self._slabs.get(rank)) is not None]
+        return max((known for slab in slabs if (known := slab.committed) is not None), default=None)
+
     def inventory(self) -> Inventory:
         """Every complete version here."""
         return Inventory(self.machine, tuple(self._holdings()))
@@ -152,6 +158,8 @@ class ShardStore:
             if self.complete_buffer(owner, version) is not None:
                 return None
             slab = self._slab_for(owner, data_bytes)
+            known = [kept, self.committed]  # the owner may be a new machine, which knows nothing
+            kept = max((one for one in known if one is not None and one < version), default=None)
             place = replica_place(slab.views, version, kept)
             for index in place.given_up:
                 slab.buffers[index].drop()

@@ -6,9 +6,9 @@ time: a rank begins a version, finishes or fails its copy, takes part in the min
 begins, ends, breaks off; workers and machines die, and recoveries are overtaken by further failures.
 
 Decisions come from the real functions: `writable_buffer`, `replica_place`, `newest_complete`, `superseded` and
-`plan_recovery`. Whatever they decide depends on the order of versions alone, so versions are renumbered 1, 2, … in every
-state. That makes the graph finite although training goes on for ever: exploring it checks runs of any length. Machines
-that differ only in name are counted once.
+`plan_recovery`. Whatever they decide depends on the order of versions alone, so versions are renumbered 1, 2, … in
+every state. That makes the graph finite although training goes on for ever: exploring it checks runs of any length.
+Machines that differ only in name are counted once.
 
 States are flat tuples of integers, for speed. A buffer is ``v`` where version v is complete, ``-v`` while it is being
 written, 0 otherwise.
@@ -48,10 +48,11 @@ class Mutant(enum.Enum):
     NO_GIVING_UP = "a version that some rank cannot write is waited for"
     EARLY_ACKNOWLEDGEMENT = "a version counts as soon as one holder has it"
     STALE_REPLICAS = "a holder that resumed still takes in what the recovery went back behind"
+    ONLY_OWNERS_KNOW = "a holder does not use what its own rank knows to be committed"
     EAGER_REFILLS = "a refill overwrites the older of two complete versions"
 
 
-class Violation(AssertionError):
+class BrokenPromiseError(AssertionError):
     """The protocol broke a promise in some state."""
 
 
@@ -159,6 +160,16 @@ class Model:
             state[self.at.worker + rank] = READY
         return tuple(state)
 
+    def after_a_give_up(self) -> State:
+        """Version 1 is committed, 2 was given up but is on one holder of rank 0, and 3 is about to be committed."""
+        at, state = self.at, list(self.start())
+        state[: at.held] = [3, 1] * (at.held // 2)
+        state[at.replica] = 2
+        for rank in range(self.machines):
+            state[at.newest + rank], state[at.committed + rank], state[at.noted + rank] = 3, 1, 1
+        state[at.floor] = 1
+        return self.canonical(state)
+
     # -- equal states --------------------------------------------------------------------------------------------------
 
     def _renamings(self) -> Iterator[list[int]]:
@@ -185,6 +196,7 @@ class Model:
     def canonical(self, state: list[int]) -> State:
         """The one of all equal states that stands for them."""
         at = self.at
+        self._note_commit(state)
         self._forget_what_cannot_matter(state)
         for place in range(0, at.held, 2):
             if state[place] < state[place + 1]:
@@ -196,6 +208,22 @@ class Model:
                 version = state[place]
                 state[place] = number[version] if version >= 0 else -number[-version]
         return min(renamed(state) for renamed in self._symmetries)
+
+    def _note_commit(self, state: list[int]) -> None:
+        """A version that is complete on all its holders counts from now on, whether anybody knows of it or not.
+
+        And whatever machines were lost before, memory is as good as new.
+        """
+        at = self.at
+        for version in self._own(state, 0):
+            if version > 0 and version >= state[at.floor] and self._is_everywhere(state, version):
+                state[at.floor] = version
+                state[at.lost : at.lost + self.machines] = [0] * self.machines
+
+    def _is_everywhere(self, state: list[int], version: int) -> bool:
+        return all(version in self._own(state, machine) for machine in range(self.machines)) and all(
+            version in self._replica(state, link) for link in range(len(self.links))
+        )
 
     def _forget_what_cannot_matter(self, state: list[int]) -> None:
         """Nobody goes back behind the floor: what is complete below it is as good as an empty buffer.
@@ -246,7 +274,9 @@ class Model:
         floor = state[at.floor]
         lost = state[at.lost : at.lost + self.machines]
         if floor and self._survivors(state[: at.held], lost) < floor:
-            raise Violation(f"version {floor} was committed, and fewer than {self.replicas} failures can lose it")
+            raise BrokenPromiseError(
+                f"version {floor} was committed, and fewer than {self.replicas} failures can lose it"
+            )
 
     def _count_survivors(self, slabs: State, lost: State) -> int:
         """The newest version that is left whatever else fails; 0 where there is none."""
@@ -336,7 +366,8 @@ class Model:
         """The same version as the ranks that are ahead, else a new one: ranks publish at the same steps."""
         at = self.at
         newest = state[at.newest + rank]
-        ahead = [other for other in state[at.newest : at.newest + self.machines] if other > newest]
+        others = zip(state[at.newest : at.committed], state[at.worker : at.fenced], strict=True)
+        ahead = [other for other, worker in others if other > newest and worker != HEARD_FAILED]
         version = min(ahead, default=1 + max(map(abs, state[: at.versions])))
         committed = newest if self.mutant is Mutant.EARLY_REUSE else state[at.committed + rank]
         slab = self._own(state, rank)
@@ -361,7 +392,7 @@ class Model:
         if all(worker in _HEARD for worker in workers):
             newests = {state[at.newest + other] for other in range(self.machines)}
             if len(newests) > 1 and self.mutant is not Mutant.EARLY_REUSE:
-                raise Violation(f"ranks agree about different versions: {newests}")
+                raise BrokenPromiseError(f"ranks agree about different versions: {newests}")
             lowest = min(workers, key=[FAILED, PENDING, COMPLETE].index)
             workers = [_HEARD[lowest]] * self.machines
         said = {COMPLETE: "complete", PENDING: "pending", FAILED: "failed"}[value]
@@ -372,9 +403,8 @@ class Model:
         ready = (at.worker + rank, READY)
         if heard == HEARD_COMPLETE:
             known = [(place + rank, newest) for place in (at.committed, at.noted)]
-            again = [(at.lost + m, 0) for m in range(self.machines)] if state[at.mode] == RUNNING else []
             floor = (at.floor, max(state[at.floor], newest))
-            return f"{rank} learns that {newest} is COMMITTED", self._changed(state, ready, *known, *again, floor)
+            return f"{rank} learns that {newest} is COMMITTED", self._changed(state, ready, *known, floor)
         slab = _without(self._own(state, rank), newest)
         given_up = (at.newest + rank, state[at.committed + rank])
         return f"{rank} gives {newest} up", self._slab_changed(state, at.own + 2 * rank, slab, ready, given_up)
@@ -408,19 +438,23 @@ class Model:
         if version in slab:
             yield f"{name} has {version} already", self._changed(state, (at.held + link, version))
             return
-        left, index = _replica(slab, version, self._kept(state, owner, version))
+        left, index = _replica(slab, version, self._kept(state, link, version))
         if index is not None:
             left = (-version, left[1]) if index == 0 else (left[0], -version)
         if left != slab:
             yield f"{name} sends {version}", self._slab_changed(state, place, left)
 
-    def _kept(self, state: State, owner: int, version: int) -> int:
+    def _kept(self, state: State, link: int, version: int) -> int:
+        """The last version committed, as far as owner or holder know: either may be a new machine."""
+        owner, holder = self.links[link]
+        known = [state[self.at.noted + owner]]
+        if not known[0]:
+            known = [buffer for buffer in self._own(state, owner) if buffer > 0]
+        if self.mutant is not Mutant.ONLY_OWNERS_KNOW:
+            known.append(state[self.at.noted + holder])
         if self.mutant is Mutant.HOLDERS_KEEP_THE_NEWEST:
-            return 0
-        noted = state[self.at.noted + owner]
-        if noted:
-            return noted if noted < version else 0
-        return max((buffer for buffer in self._own(state, owner) if 0 < buffer < version), default=0)
+            known = []
+        return max((kept for kept in known if kept < version), default=0)
 
     def _source(self, state: State, owner: int, version: int) -> bool:
         links = self._links_of[owner]
@@ -481,7 +515,7 @@ class Model:
         at = self.at
         loaded, floor = self._plan(state[: at.held]), state[at.floor]
         if loaded < floor:
-            raise Violation(f"the plan goes back to version {loaded}, although {floor} was committed")
+            raise BrokenPromiseError(f"the plan goes back to version {loaded}, although {floor} was committed")
         return f"everybody plans to load {loaded}", self._changed(state, (at.mode, RESUMING), (at.loaded, loaded))
 
     def _resuming_moves(self, state: State) -> Iterator[Move]:
@@ -536,7 +570,7 @@ class Model:
         new[at.mode], new[at.loaded] = RUNNING, 0
         for rank in range(self.machines):
             if state[at.loaded] and state[at.loaded] not in self._own(state, rank):
-                raise Violation(f"rank {rank} goes on without version {state[at.loaded]}")
+                raise BrokenPromiseError(f"rank {rank} goes on without version {state[at.loaded]}")
             new[at.newest + rank] = state[at.loaded]
             new[at.worker + rank] = READY
             new[at.fenced + rank] = new[at.resumed + rank] = 0

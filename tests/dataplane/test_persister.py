@@ -18,9 +18,8 @@ import torch
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import persister as module
 from lightning_gemini.dataplane import shard
-from lightning_gemini.dataplane.persister import (
+from lightning_gemini.dataplane.persistent_directory import (
     FINISHED,
-    Persister,
     checkpoints,
     is_finished,
     load,
@@ -28,6 +27,7 @@ from lightning_gemini.dataplane.persister import (
     rank_file,
     resumable,
 )
+from lightning_gemini.dataplane.persister import Persister
 from lightning_gemini.dataplane.shard import lay_out
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.errors import PersistError
@@ -549,16 +549,18 @@ def test_a_job_that_dies_at_its_first_checkpoint_leaves_the_finished_one_finishe
     assert resumable(before) == []
 
 
-def test_closing_waits_for_a_checkpoint_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_waits_for_a_checkpoint_but_not_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(module, "_OTHERS_TIMEOUT_S", 60.0)
     one = persister(tmp_path, 0)
     buffer = buffer_with(0, 1)
     one.start(buffer, VersionId(1, 1))
     one.close(timeout_s=0.05)
-    assert one.busy
-    write(tmp_path, 1, 1)
-    one.close()
     assert not one.busy
+    assert "version 1 was not persisted" in caplog.text
+    assert "the run ended first" in caplog.text
+    assert list(tmp_path.iterdir()) == []
     buffer.close()
 
 

@@ -103,8 +103,9 @@ class Soak:
         run_dir = self.folder / "interrupted" / "run"
         driver = FaultDriver(run_dir, self.model, self.seed, until_s=60.0 * self.minutes, patience_s=20.0)
         with self._launch("interrupted", [*cluster, "--max-failures", "1000", *self.options], self.step_s, 1) as job:
-            driver.start()
             try:
+                self._watch(job, self._step, "the start")  # its time is not the faults'
+                driver.start()
                 self._watch(job, driver.over.is_set, "faults")
                 last_step = self._step() + LAST_STEPS
                 (self.folder / "interrupted" / "last_step").write_text(str(last_step))

@@ -96,6 +96,13 @@ class Training(Run):
         """No more sleeping in the steps."""
         (self.directory / "hurry").touch()
 
+    def end(self) -> None:
+        """Ends it, if need be, and removes what it wrote."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(30)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
     def results(self) -> list[dict[str, Any]]:
         return [json.loads((self.directory / f"result{rank}.json").read_text()) for rank in range(self.nodes)]
 
@@ -120,10 +127,7 @@ def train() -> Iterator[Callable[..., Training]]:
 
     yield begin
     for run in runs:
-        if run.process.poll() is None:
-            run.process.send_signal(signal.SIGTERM)
-            run.process.wait(30)
-        shutil.rmtree(run.directory, ignore_errors=True)
+        run.end()
 
 
 @pytest.fixture(scope="session")
@@ -136,10 +140,12 @@ def undisturbed() -> Callable[..., list[dict[str, Any]]]:
             directory = Path(tempfile.mkdtemp(prefix="gemini-", dir="/tmp"))
             strategy = json.dumps({"stage": int(stage), "checkpoint_every": 0})
             run = Training(directory, strategy, epochs=epochs, nodes=nodes)
-            run.hurry()
-            assert run.wait(180) == 0, run.output.read_text()
-            known[stage, epochs, nodes] = run.results()
-            shutil.rmtree(directory)
+            try:
+                run.hurry()
+                assert run.wait(180) == 0, run.output.read_text()
+                known[stage, epochs, nodes] = run.results()
+            finally:
+                run.end()
         return known[stage, epochs, nodes]
 
     return results

@@ -18,8 +18,8 @@ from tests.system.conftest import Training
 
 Train = Callable[..., Training]
 Undisturbed = Callable[..., list[dict[str, Any]]]
-SHAPE = {"nodes": 2, "epochs": 13}  # 260 batches of each rank
-SLEEP_S = 0.4
+SHAPE = {"nodes": 2, "epochs": 9}  # 180 batches of each rank
+SLEEP_S = 0.6
 OUTAGE_S = 60.0
 
 
@@ -35,21 +35,22 @@ def batch_seconds(run: Training, start: float, end: float) -> list[float]:
     return [after - before for (_, before), (_, after) in itertools.pairwise(done)]
 
 
-def assert_as_fast(before: list[float], during: list[float]) -> None:
-    """Loosely, for the machine does other things as well."""
+def assert_as_fast(before: list[float], during: list[float], sleep_s: float) -> None:
+    """Loosely, for the machine does other things as well; what a batch sleeps does not count."""
+    before, during = ([seconds - sleep_s for seconds in batches] for batches in (before, during))
     for name, batches in (("before", before), ("during", during)):
         median, longest = statistics.median(batches), max(batches)
         print(f"{name}: {len(batches)} batches, median {median * 1e3:.0f} ms, longest {longest * 1e3:.0f} ms")
-    assert statistics.median(during) < 1.5 * statistics.median(before)
+    assert statistics.median(during) < 2 * statistics.median(before) + 0.05
     assert max(during) < 2 * max(before) + 1.0
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(480)
 def test_a_minute_without_etcd_and_a_worker_that_dies_without_it(train: Train, undisturbed: Undisturbed) -> None:
     run = train("gemini_stage_2", seconds=SLEEP_S, **SHAPE)
     run.until_step(2)
     started = time.time()
-    run.until_step(run.step() + 10)
+    run.until_step(run.step() + 7)
     (etcd,) = etcd_pids(run)
     paused = time.time()
     os.kill(etcd, signal.SIGSTOP)
@@ -62,7 +63,7 @@ def test_a_minute_without_etcd_and_a_worker_that_dies_without_it(train: Train, u
     assert committed >= steps - 2, "versions are committed as ever"
     during = batch_seconds(run, paused, paused + OUTAGE_S)
     assert committed - first > 0.4 * len(during), "two batches are a step"
-    assert_as_fast(batch_seconds(run, started, paused), during)
+    assert_as_fast(batch_seconds(run, started, paused), during, SLEEP_S)
     # Every lease had ended. The agents take their places again, and nobody takes anybody for dead.
     run.until(lambda: "opened another one" in _logs(run), 15)
     run.until_step(run.step() + 4)
@@ -90,9 +91,9 @@ def _logs(run: Training) -> str:
     return "".join(path.read_text() for path in (run.path / "logs").glob("*agent.jsonl"))
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(300)
 def test_one_of_three_members_dies_and_nothing_happens(train: Train, undisturbed: Undisturbed) -> None:
-    run = train("gemini_stage_2", seconds=0.1, etcd_members="3", **SHAPE)
+    run = train("gemini_stage_2", seconds=0.2, etcd_members="3", **SHAPE)
     run.until_step(3)
     started = time.time()
     run.until_step(run.step() + 12)
@@ -103,7 +104,7 @@ def test_one_of_three_members_dies_and_nothing_happens(train: Train, undisturbed
     assert not wait_gone(members[:1], 5)
     run.until(lambda: len(now := etcd_pids(run)) == 3 and now != members)
     run.until_step(run.step() + 12)
-    assert_as_fast(batch_seconds(run, started, struck), batch_seconds(run, struck, time.time()))
+    assert_as_fast(batch_seconds(run, started, struck), batch_seconds(run, struck, time.time()), 0.2)
     run.ports |= run.listening()
     run.hurry()
     assert run.wait(120) == 0, run.output.read_text()

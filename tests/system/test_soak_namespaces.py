@@ -38,7 +38,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shutil.rmtree(path, ignore_errors=True)
 
 
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(600)
 def test_everything_happens_to_machines_on_a_network(net: Namespaces, folder: Path, seed: int) -> None:
     from soak import Soak
     from soak_summary import text

@@ -48,12 +48,19 @@ class Checks:
         self._published = 0
         self._protected = False  # whether a version was ever committed since memory was last of no use
         self._floor: VersionId | None = None
+        self._held: dict[int, str] = {}  # slot -> incarnation, while its lease holds
         self._restored: dict[int, dict[int, Any]] = {}
         self._root: str | None = None
         self._order_rank, self._order = (0, False), ""
         self._reported: dict[str, int] = {}
         self._obeyed: dict[tuple[int, int], str] = {}
         self._newest_obeyed: dict[str, int] = {}
+
+    @property
+    def root(self) -> Process | None:
+        """The elected agent, as far as it lives."""
+        process = self.agents.get(self._root) if self._root is not None else None
+        return process if process is not None and process.alive else None
 
     def violated(self, invariant: int, what: str) -> None:
         """Something is wrong."""
@@ -178,8 +185,11 @@ class Checks:
 
     def _membership(self, slot: int, now: KeyValue | None) -> None:
         if now is None:
+            self._held.pop(slot, None)
             return
         incarnation, before = json.loads(now.value)["incarnation"], self.members.get(slot)
+        if self._held.setdefault(slot, incarnation) != incarnation:
+            self.violated(3, f"{incarnation} took slot {slot} from {self._held[slot]}, whose lease holds")
         if before == incarnation:
             return
         self._note(f"slot {slot}: {incarnation} joins (before: {before})")

@@ -28,6 +28,8 @@ _WEIGHTS = {
     "disk slow": 1,
     "disk full": 1,
 }
+_PATIENCE_S = 20.0
+_LOOK_S = 0.05
 
 
 class Injector:
@@ -46,6 +48,7 @@ class Injector:
         self._cluster, self._dice = cluster, dice
         self.counts: Counter[str] = Counter()
         self.last_s = 0.0
+        self._kinds: list[str] = []
         self._deeds: dict[str, Callable[[], bool]] = {
             "worker killed": self._kill_worker,
             "machine lost": lambda: self._lose(1),
@@ -65,24 +68,43 @@ class Injector:
             "disk full": self._fill_disk,
         }
 
-    def start(self) -> None:
-        """Plans all faults: some while the job trains, some while it recovers from the one before."""
-        parameters, dice = self._cluster.parameters, self._dice
-        booted_s = parameters.machine_boot_s + parameters.pool_boot_s
-        training_s = parameters.steps * parameters.step_s
-        when_s = dice.random() * (booted_s + training_s) if dice.random() < 0.2 else booted_s + dice.random() * training_s
-        kinds = dice.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=parameters.faults)
-        for kind in kinds:
-            self._cluster.scheduler.call(when_s, self._inject, kind)
-            self.last_s = max(self.last_s, when_s)
-            soon = dice.random() < 0.6
-            when_s += dice.expovariate(1.0) if soon else dice.uniform(1.0, 4.0 + training_s / 2)
+    @property
+    def over(self) -> bool:
+        """Whether everything was injected."""
+        return not self._kinds
 
-    def _inject(self, kind: str) -> None:
-        if not self._cluster.ended and self._deeds[kind]():
-            self.counts[kind] += 1
+    def start(self) -> None:
+        """Begins: mostly when the job has got to some step, sometimes while it is still coming up."""
+        parameters, dice = self._cluster.parameters, self._dice
+        self._kinds = dice.choices(list(_WEIGHTS), list(_WEIGHTS.values()), k=parameters.faults)
+        booted_s = parameters.machine_boot_s + parameters.pool_boot_s
+        if dice.random() < 0.2:
+            self._cluster.scheduler.call(dice.random() * booted_s, self._inject)
         else:
-            self.counts["(nothing left to hit)"] += 1
+            self._wait_for(dice.randint(0, parameters.steps - 1))
+
+    def _plan_next(self) -> None:
+        """The next one often comes while the job recovers from the last."""
+        parameters, dice = self._cluster.parameters, self._dice
+        if dice.random() < 0.7:
+            self._cluster.scheduler.call(dice.expovariate(0.7), self._inject)
+        else:
+            self._wait_for(self._cluster.checks.steps[0] + dice.randint(1, max(1, parameters.steps // 3)))
+
+    def _wait_for(self, step: int, waited_s: float = 0.0) -> None:
+        arrived = self._cluster.checks.steps[0] >= min(step, self._cluster.parameters.steps - 1)
+        if arrived or waited_s > _PATIENCE_S:
+            self._cluster.scheduler.call(self._dice.random() * self._cluster.parameters.step_s, self._inject)
+        else:
+            self._cluster.scheduler.call(_LOOK_S, self._wait_for, step, waited_s + _LOOK_S)
+
+    def _inject(self) -> None:
+        kind = self._kinds.pop()
+        self.last_s = max(self.last_s, self._cluster.scheduler.now)
+        if self._deeds[kind]():
+            self.counts[kind] += 1
+        if self._kinds:
+            self._plan_next()
 
     def _lasts(self, least_s: float, most_s: float) -> float:
         duration_s = least_s * (most_s / least_s) ** self._dice.random()
@@ -123,8 +145,8 @@ class Injector:
         return bool(victims) and self._power_off(victims)
 
     def _lose_root(self) -> bool:
-        root = self._cluster.checks.agents.get(self._cluster.checks._root)
-        return root is not None and root.alive and self._power_off([root.machine])
+        root = self._cluster.checks.root
+        return root is not None and self._power_off([root.machine])
 
     def _power_off(self, machines: list[Any]) -> bool:
         silent = self._dice.random() < 0.5
@@ -133,7 +155,8 @@ class Injector:
         return True
 
     def _pause_agent(self) -> bool:
-        agent = self._agent()
+        root = self._cluster.checks.root
+        agent = root if root is not None and self._dice.random() < 0.4 else self._agent()
         return agent is not None and self._pause([agent])
 
     def _pause_machine(self) -> bool:
@@ -141,7 +164,7 @@ class Injector:
         return agent is not None and self._pause(list(agent.machine.processes))
 
     def _pause(self, processes: list[Process]) -> bool:
-        scheduler, duration_s = self._cluster.scheduler, self._lasts(0.1, 10.0)
+        scheduler, duration_s = self._cluster.scheduler, self._lasts(0.3, 10.0)
         self._note(f"{processes} paused for {duration_s:.2f} s")
         for process in processes:
             scheduler.pause(process)

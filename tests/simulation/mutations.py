@@ -14,7 +14,7 @@ from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.controlplane.agent import MachineAgent
 from lightning_gemini.controlplane.election import Election
 from lightning_gemini.controlplane.membership import Registration
-from lightning_gemini.controlplane.slot_agent import SlotAgent
+from lightning_gemini.controlplane.root_state import RootState
 from lightning_gemini.core.consistency import BufferView
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.slab import Buffer, Slab
@@ -72,16 +72,14 @@ def _unguarded_root() -> AbstractContextManager[object]:
     return patch.object(Election, "put", put)
 
 
-def _obey_orders_for_others() -> AbstractContextManager[object]:
-    """An agent obeys the order in the store, although it names its predecessor on the slot."""
-    original = SlotAgent.obey
+def _count_stale_reports() -> AbstractContextManager[object]:
+    """The root takes reports of an earlier generation for answers to its newest order."""
 
-    def obey(self: SlotAgent, order: Any) -> bool:
-        mine = {"incarnation": self._settings.incarnation}
-        members = [dataclasses.replace(m, **mine) if m.machine == self.slot else m for m in order.members]
-        return original(self, dataclasses.replace(order, members=tuple(members)))
+    def current(self: RootState, answer: Any) -> bool:
+        member = self.members.get(answer.machine)
+        return member is not None and member.incarnation == answer.incarnation
 
-    return patch.object(SlotAgent, "obey", obey)
+    return patch.object(RootState, "current", current)
 
 
 def _take_slot_by_force() -> AbstractContextManager[object]:
@@ -120,7 +118,7 @@ MUTATIONS: dict[str, Mutation] = {
     "commit-without-replicas": _commit_without_replicas,
     "remember-acknowledgements": _remember_acknowledgements,
     "unguarded-root": _unguarded_root,
-    "obey-orders-for-others": _obey_orders_for_others,
+    "count-stale-reports": _count_stale_reports,
     "take-slot-by-force": _take_slot_by_force,
     "restore-what-is-here": _restore_what_is_here,
     "no-fence": _no_fence,

@@ -75,7 +75,12 @@ def _run(seed: int, parameters: Parameters, scheduler: Scheduler, cluster: Clust
     cluster.start()
     injector.start()
     checks = cluster.checks
-    scheduler.run(lambda: cluster.ended or bool(checks.violations), injector.last_s + _GRACE_S)
+
+    def over() -> bool:
+        stuck = injector.over and scheduler.now > injector.last_s + _GRACE_S
+        return cluster.ended or stuck or bool(checks.violations)
+
+    scheduler.run(over)
     if not checks.violations:
         _judge(cluster, injector)
     outcome = Outcome(

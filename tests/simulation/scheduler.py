@@ -78,15 +78,13 @@ class Scheduler:
 
     # -- for the hub ---------------------------------------------------------------------------------------------------
 
-    def run(self, until: Callable[[], bool], limit_s: float) -> bool:
-        """Lets time pass until ``until()``; false where that does not come to pass within ``limit_s``, or ever."""
+    def run(self, until: Callable[[], bool]) -> None:
+        """Lets time pass until ``until()``, or until nothing is ever due again."""
         due, pop = self._due, heapq.heappop
         while due:
             if until():
-                return True
+                return
             when, tie, target, token, value = pop(due)
-            if when > limit_s:
-                return False
             self.now = when
             if target.__class__ is not Fiber:
                 target(*value)
@@ -103,7 +101,6 @@ class Scheduler:
             self.current = target
             target.switch(value)
             self.current = None
-        return until()
 
     def call(self, delay_s: float, target: Callable[..., None], *arguments: Any) -> None:
         """Calls something later, outside every process: what wires and kernels do."""

@@ -31,7 +31,8 @@ hypothesis.settings.load_profile("shared-machine")
 
 
 def _session_seed() -> int:
-    return int(os.environ.get("LIGHTNING_GEMINI_TEST_SEED") or time.time_ns() % 2**31)
+    # In the environment, so that the test processes that pytest-xdist starts draw the same.
+    return int(os.environ.setdefault("LIGHTNING_GEMINI_TEST_SEED", str(time.time_ns() % 2**31)))
 
 
 SEED = _session_seed()

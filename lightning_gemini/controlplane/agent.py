@@ -183,7 +183,7 @@ class MachineAgent:
 
     def _fetch(self, fetch: Fetch, generation: int) -> int:
         with self._store.writer(fetch.owner):
-            if self._store.complete_buffer(fetch.owner, fetch.id) or not self._store.may_retrieve(fetch.owner, fetch.id):
+            if not self._store.may_retrieve(fetch.owner, fetch.id):
                 return 0
             peer = self._peers.get(fetch.source)
             if peer is None:

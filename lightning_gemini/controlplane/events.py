@@ -82,8 +82,8 @@ class EventLog:
 def append_line(path: Path, line: str) -> None:
     """Appends one line in a single write, so that it never mixes with those of other processes.
 
-    A disk that is full or gone loses lines, and stops neither training nor recovery: said once, on standard error, since
-    the log is on that disk too.
+    A disk that is full or gone loses lines, and stops neither training nor recovery: said once, on standard error,
+    since the log is on that disk too.
     """
     global _lost_lines
     data = line.encode() + b"\n"

@@ -20,7 +20,7 @@ from lightning_gemini.controlplane.events import EVENTS_FILE, EventLog
 from lightning_gemini.controlplane.job_view import JobView
 from lightning_gemini.controlplane.kv.base import KeyChange, KeyValueStore, StoreUnavailableError
 from lightning_gemini.controlplane.logs import JsonLinesHandler
-from lightning_gemini.controlplane.membership import JobKeys, Registration, Spare
+from lightning_gemini.controlplane.membership import JobKeys, Member, Registration, Spare, member_from_json
 from lightning_gemini.controlplane.orders import order_from_json
 from lightning_gemini.controlplane.root_agent import RootAgent
 from lightning_gemini.controlplane.root_events import JobShape
@@ -233,9 +233,14 @@ class WorkerAgent:
         if self._duty is None:
             self._seek_slot()
             return
-        holder = self._view.members.get(self._duty.slot)
-        if holder is not None and holder.incarnation != self.settings.incarnation:
-            self._leave(f"lost its slot to {holder.name}")
+        if self._held_by_another(self._view.members.get(self._duty.slot)):
+            # The watch may still tell of a holder that came and went before this agent took the slot.
+            now = self._insist(lambda: self._store.get(self._registration.key))
+            if now is not None and self._held_by_another(holder := member_from_json(now.value)):
+                self._leave(f"lost its slot to {holder.name}")
+
+    def _held_by_another(self, holder: Member | None) -> bool:
+        return holder is not None and holder.incarnation != self.settings.incarnation
 
     def _heed_eviction(self, text: str) -> None:
         wish = json.loads(text)

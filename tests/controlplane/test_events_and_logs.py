@@ -47,6 +47,19 @@ def test_a_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
     assert [event["event"] for event in read_events(path)] == ["one"]
 
 
+def test_a_full_disk_loses_events_and_stops_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    full = EventLog(Path("/dev/full"))
+    for _ in range(3):
+        assert full.append("lost")["event"] == "lost"
+    assert capsys.readouterr().err.count("/dev/full cannot be written ([Errno 28] No space left on device)") == 1
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"event": "cut sho')  # what the full disk took of the last one
+    log = EventLog(path)
+    log.append("one")
+    log.append("two")
+    assert [event["event"] for event in read_events(path)] == ["one", "two"]
+
+
 def _write_many(path: Path, node: int) -> None:
     log = EventLog(path, node=node)
     for number in range(200):

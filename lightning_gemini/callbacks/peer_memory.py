@@ -197,13 +197,19 @@ class PeerMemory:
             return shard.read(buffer.data[: buffer.data_bytes])
         except (IntegrityError, OSError) as error:
             self._unusable.append((source, version, error))
-            if source == self.identity.machine:
-                self.client.discard(version)
-            if source != self.identity.machine or version in self._discarded:
-                self._corrupt.add((rank, source, version))
-            else:  # gone for good: a fresh copy may be fetched into its place, once
-                self._discarded.add(version)
+            self._exclude(source, version)
             return None
+
+    def _exclude(self, source: int, version: VersionId) -> None:
+        """A bad copy here gives way to a fresh one; if that is bad as well, it is not the other machines' fault."""
+        rank, machine = self.identity.global_rank, self.identity.machine
+        if source != machine:
+            self._corrupt.add((rank, source, version))
+            return
+        self.client.discard(version)
+        if version in self._discarded:
+            self._corrupt |= {(rank, holder, version) for holder in range(self.identity.machines)}
+        self._discarded.add(version)
 
     def _say_what_instead(self, plan: RecoveryPlan) -> None:
         """Copies that could not be used must not be forgotten: a machine whose memory rots is to be replaced."""

@@ -81,7 +81,8 @@ def replica_place(buffers: tuple[BufferView, BufferView], version: VersionId, ke
     the incoming one cannot be that: the owner would not have begun another version before it was committed or given up.
     Without that the common version would be overwritten and the one that was given up be kept.
 
-    Nothing makes room for a version older than itself: that would be a message from long ago.
+    Nothing makes room for a version older than itself: that would be a message from long ago. Nor does ``kept``, for
+    one that lies beside what a recovery is about to leave behind.
 
     Args:
         buffers: The replica's two buffers; none of them holds ``version`` completely.
@@ -95,7 +96,8 @@ def replica_place(buffers: tuple[BufferView, BufferView], version: VersionId, ke
     )
     left = tuple(BufferView(None, False) if index in given_up else buffer for index, buffer in enumerate(buffers))
     index = writable_buffer((left[0], left[1]), newest_complete(left))
-    if index is not None and left[index].complete and (held := left[index].id) is not None and held > version:
+    overwritten = None if index is None else _held(left[index])
+    if overwritten is not None and (overwritten > version or overwritten == kept):
         index = None
     return ReplicaPlace(index, given_up)
 
@@ -116,7 +118,7 @@ def retrieval_place(buffers: tuple[BufferView, BufferView], version: VersionId, 
     worthless = superseded(buffers, version)
     left = tuple(BufferView(None, False) if index in worthless else buffer for index, buffer in enumerate(buffers))
     index = writable_buffer((left[0], left[1]), newest_complete(left))
-    return None if index is not None and left[index].complete and not own else index
+    return index if own or index is None or _held(left[index]) is None else None
 
 
 def superseded(buffers: Sequence[BufferView], loaded: VersionId | None) -> tuple[int, ...]:
@@ -131,6 +133,10 @@ def superseded(buffers: Sequence[BufferView], loaded: VersionId | None) -> tuple
         for index, buffer in enumerate(buffers)
         if buffer.id is not None and (loaded is None or buffer.id > loaded)
     )
+
+
+def _held(buffer: BufferView) -> VersionId | None:
+    return buffer.id if buffer.complete else None
 
 
 def _protected(buffer: BufferView, committed: VersionId | None) -> bool:

@@ -182,9 +182,12 @@ class ShardStore:
             return False
 
     def may_retrieve(self, owner: int, version: VersionId) -> bool:
-        """Whether a shard may be fetched from a peer; else its owner sends it, and knows what may be overwritten."""
+        """Whether a shard is to be fetched: not if it is here, nor if only its owner knows what it may overwrite."""
         slab = self.slab(owner)
-        return slab is None or retrieval_place(slab.views, version, own=owner in self.own_ranks()) is not None
+        if slab is None:
+            return True
+        place = retrieval_place(slab.views, version, own=owner in self.own_ranks())
+        return place is not None and slab.holding(version) is None
 
     def retrieval_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer:
         """The buffer that a shard fetched from a peer goes to."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -12,10 +14,14 @@ import pytest
 
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import replicator as replicator_module
+from lightning_gemini.dataplane import wire
+from lightning_gemini.dataplane.header import Word
 from lightning_gemini.dataplane.replicator import Replicator
 from lightning_gemini.dataplane.slab import Buffer, Slab
 from lightning_gemini.dataplane.transport import Peer, ReplicaTransport
-from tests.dataplane.machines import Machine, complete_ids, content_of, shard_bytes, write_version
+from lightning_gemini.dataplane.wire import Frame, Kind
+from lightning_gemini.errors import AuthenticationError, IntegrityError
+from tests.dataplane.machines import JOB, SECRET, Machine, complete_ids, content_of, shard_bytes, write_version
 from tests.dataplane.waiting import wait_until
 
 SIZE = 5000
@@ -320,14 +326,155 @@ def test_a_version_that_all_ranks_gave_up_does_not_cost_the_common_one(start: St
     """Invariant 1: while 3 travels, 1 is complete on the holder, although 2 was complete there."""
     sender, holder = start(2)
     slab = sender.slab(0)
-    for buffer, number in zip(slab.buffers, (1, 2), strict=True):
-        write_version(buffer, v(number), SIZE)
-        sender.replicator.notify()
-        wait_until(lambda buffer=buffer, number=number: buffer.acked == v(number), "acknowledged")  # type: ignore[misc]
+    replicate_in_turn(sender, 1, 2)
     slab.buffers[1].drop()  # some other rank could not write version 2
     write_version(slab.buffers[1], v(3), SIZE, until_byte=0)
     sender.replicator.notify()
+    assert kept_while_coming(holder, v(3)) == [v(1)]
+
+
+def replicate_in_turn(sender: Replicating, *numbers: int) -> None:
+    for buffer, number in zip(sender.slab(0).buffers, numbers, strict=True):
+        write_version(buffer, v(number), SIZE)
+        sender.replicator.notify()
+        wait_until(lambda buffer=buffer, number=number: buffer.acked == v(number), "acknowledged")  # type: ignore[misc]
+
+
+def kept_while_coming(holder: Replicating, version: VersionId) -> list[VersionId | None]:
+    """What the holder keeps of rank 0 while it receives this version."""
     theirs = holder.store.slab(0)
     assert theirs is not None
-    wait_until(lambda: v(3) in [buffer.id for buffer in theirs.buffers], "version 3 is on its way")
-    assert complete_ids(theirs) == [v(1)]
+    wait_until(lambda: version in [buffer.id for buffer in theirs.buffers], f"{version} is on its way")
+    return complete_ids(theirs)
+
+
+def test_an_owner_whose_committed_copy_is_damaged_does_not_cost_the_holders_too(start: Start) -> None:
+    """Judging by what lies beside version 3 there, version 2 would seem to have been given up."""
+    sender, holder = start(2)
+    replicate_in_turn(sender, 1, 2)
+    slab = sender.slab(0)
+    slab.note_committed(v(2))
+    slab.buffers[1]._words[Word.VERSION] ^= 1 << 40
+    write_version(slab.buffers[1], v(3), SIZE, until_byte=0)
+    sender.replicator.notify()
+    assert kept_while_coming(holder, v(3)) == [v(2)]
+
+
+def test_a_holder_knows_what_is_committed_where_the_owner_is_new(start: Start) -> None:
+    """Version 2 was given up; an owner that lost its memory, and has nothing but version 3, cannot say so."""
+    sender, holder = start(2)
+    replicate_in_turn(sender, 1, 2)
+    holder.slab(1).note_committed(v(1))
+    for buffer in sender.slab(0).buffers:
+        buffer.drop()
+    write_version(sender.slab(0).buffers[0], v(3), SIZE, until_byte=0)
+    sender.replicator.notify()
+    assert kept_while_coming(holder, v(3)) == [v(1)]
+
+
+# -- memory that loses bits ------------------------------------------------------------------------------------------
+
+
+def test_an_acknowledgement_that_was_damaged_is_noted_again(start: Start) -> None:
+    """Nobody else would: while it is missing nothing is published, and nobody tells the replicator anything."""
+    sender, _ = start(2)
+    buffer = sender.publish(0, v(1))
+    wait_until(lambda: buffer.acked == v(1), "acknowledged")
+    for word in range(Word.ACKED, Word.ACKED + 3):
+        buffer._words[word] ^= 1 << 17
+        assert buffer.acked is None
+        wait_until(lambda: buffer.acked == v(1), "acknowledged again")
+
+
+def test_a_version_that_is_corrupt_here_is_not_sent_for_ever(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    sender, holder = start(2)
+    sender.publish(0, v(1))
+    wait_until(lambda: sender.acknowledged(0, v(1)), "acknowledged")
+    slab = sender.slab(0)
+    buffer = slab.buffers[1] if slab.buffers[0].id == v(1) else slab.buffers[0]
+    buffer.begin(v(2), SIZE)
+    buffer.seal_chunk(0, 1234)  # as if a bit had flipped right after it was sealed
+    buffer.complete()
+    sender.replicator.notify()
+    wait_until(lambda: complete_ids(slab) == [v(1)], "it is dropped, so that all ranks can give it up")
+    assert buffer.acked != v(2)
+    assert complete_ids(holder.store.slab(0)) == [v(1)]
+    assert "machine 0 drops its copy of version 2: shard of rank 0" in caplog.text
+
+
+def test_a_corrupt_replica_is_replaced_in_the_next_generation(start: Start) -> None:
+    sender, holder = start(2)
+    sender.publish(0, v(1))
+    wait_until(lambda: sender.acknowledged(0, v(1)), "acknowledged")
+    replica = holder.store.complete_buffer(0, v(1))
+    assert replica is not None
+    replica.data[SIZE - 1] ^= 1
+    for machine in (sender, holder):
+        machine.store.enter_generation(2, 2, 1)
+    introduce([sender, holder])
+    wait_until(lambda: sound(holder, v(1)), "the replica is whole again")
+
+
+def sound(holder: Replicating, version: VersionId) -> bool:
+    buffer = holder.store.complete_buffer(0, version)
+    return buffer is not None and content_or_none(buffer) == shard_bytes(0, version, SIZE)
+
+
+def content_or_none(buffer: Buffer) -> bytes | None:
+    try:
+        return content_of(buffer)
+    except IntegrityError:
+        return None
+
+
+# -- strangers -------------------------------------------------------------------------------------------------------
+
+
+def test_strangers_and_broken_peers_are_named_once_and_disturb_nobody(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Wrong secrets, other jobs, replayed and oversized frames, all the time, while good peers replicate."""
+    sender, holder = start(2)
+    address = holder.server.address
+    hello = wire._HELLO.pack(b"LGGEMINI", wire.PROTOCOL, 0, wire._job_digest(JOB), bytes(32))
+    with wire.connect(address, JOB, SECRET, 0, timeout_s=10.0) as honest:
+        proof = honest.getsockname()  # whatever: an earlier proof is worth nothing to another nonce
+    for number in range(1, 6):
+        sender.publish(0, v(number))
+        for job, secret in ((JOB, b"guessed"), ("another job", SECRET)):
+            with pytest.raises(AuthenticationError):
+                wire.connect(address, job, secret, 0, timeout_s=10.0)
+        with socket.create_connection(address) as replayed, contextlib.suppress(ConnectionError):
+            replayed.sendall(hello)
+            replayed.recv(wire._PROOF.size, socket.MSG_WAITALL)
+            replayed.sendall(repr(proof).encode().ljust(32)[:32])
+            assert replayed.recv(1) == b""
+        for frame in (
+            Frame(Kind.BEGIN, 0, v(9), wire.MAX_SHARD_BYTES + 1),
+            Frame(Kind.CHUNK, 0, v(9), 0, 0, 2**32 - 1),
+        ):
+            with wire.connect(address, JOB, SECRET, 7, timeout_s=10.0) as oversized, contextlib.suppress(OSError):
+                wire.send(oversized, frame)
+                assert oversized.recv(1) == b""
+        wait_until(lambda number=number: sender.acknowledged(0, v(number)), "acknowledged")  # type: ignore[misc]
+    wait_until(lambda: len(holder.server._connections) == 1, "only the good peer is connected")
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [message.split(":")[0] for message in sorted(warnings)] == [
+        "ended a connection from machine 7 (127.0.0.1)",
+        "refused a connection",
+    ]
+
+
+def test_a_push_from_long_ago_takes_no_room(start: Start) -> None:
+    """Replayed, or from a peer that was stopped and goes on: what is older than all that is held is refused."""
+    sender, holder = start(2)
+    replicate_in_turn(sender, 5, 6)
+    old = Buffer.create(0, SIZE)
+    write_version(old, v(4), SIZE)
+    transport = sender.transport_to(holder.peer)
+    with pytest.raises(OSError, match="holds newer versions of rank 0 than 4"):
+        transport.push(old, v(4), lambda: True)
+    assert transport.push(sender.slab(0).buffers[1], v(6), lambda: True)  # twice is once
+    assert complete_ids(holder.store.slab(0)) == [v(6), v(5)]
+    transport.close()
+    old.close()

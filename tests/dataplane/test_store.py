@@ -119,6 +119,54 @@ def test_a_replica_for_which_memory_is_short_is_refused(store: ShardStore, monke
     assert complete_ids(store.slab(THEIRS)) == [version(1)]
 
 
+def test_what_a_recovery_went_back_behind_is_not_taken_in_again(store: ShardStore) -> None:
+    """Its owner may not have heard of that yet. It would be kept in place of the common version, or be loaded later."""
+    take_in(store, 5)
+    store.enter_generation(2, 2, 1)
+    store.resume_from(version(5))
+    with pytest.raises(ProtocolError, match="wants no version 6 of rank 1: a recovery went back behind it"):
+        take_in(store, 6)
+    assert take_in(store, 5) is None
+    assert take_in(store, 6, generation=2) is not None
+    store.enter_generation(3, 2, 1)
+    assert take_in(store, 7, generation=2) is not None  # nobody has resumed yet
+
+
+def test_after_a_fresh_start_nothing_older_is_taken_in(store: ShardStore) -> None:
+    store.enter_generation(2, 2, 1)
+    store.resume_from(None)
+    with pytest.raises(ProtocolError, match="wants no version 1"):
+        take_in(store, 1)
+    assert take_in(store, 1, generation=2) is not None
+
+
+def test_a_version_older_than_all_that_is_held_is_refused(store: ShardStore) -> None:
+    take_in(store, 5)
+    take_in(store, 6)
+    with pytest.raises(ProtocolError, match="holds newer versions of rank 1 than 4"):
+        take_in(store, 4)
+    assert complete_ids(store.slab(THEIRS)) == [version(6), version(5)]
+
+
+def test_what_a_rank_of_this_machine_knows_helps_an_owner_that_knows_nothing(store: ShardStore) -> None:
+    store.own(MINE, 1000).note_committed(version(5))
+    take_in(store, 5)
+    take_in(store, 6)
+    target = store.replica_target(THEIRS, version(7), 1000, 1, None)
+    assert target is not None
+    assert complete_ids(store.slab(THEIRS)) == [version(5)]
+
+
+def test_a_copy_that_is_damaged_is_dropped_when_it_is_read_again(store: ShardStore) -> None:
+    buffer = take_in(store, 5)
+    assert buffer is not None
+    assert store.recheck(THEIRS, version(5))
+    buffer.data[7] ^= 1
+    assert not store.recheck(THEIRS, version(5))
+    assert not complete_ids(store.slab(THEIRS))
+    assert not store.recheck(THEIRS, version(5))
+
+
 # -- retrieval ---------------------------------------------------------------------------------------------------------
 
 
@@ -128,6 +176,19 @@ def test_a_retrieved_shard_spares_the_newest_complete_one(store: ShardStore) -> 
     write_version(slab.buffers[1], version(3), 1000)
     target = store.retrieval_target(MINE, version(5), 1000)
     assert target is slab.buffers[1]
+
+
+def test_a_peers_replica_is_fetched_only_into_free_room(store: ShardStore) -> None:
+    """A holder cannot say which of two complete versions was committed; the owner sends it, and can."""
+    assert store.may_retrieve(THEIRS, version(6))
+    take_in(store, 4)
+    assert store.may_retrieve(THEIRS, version(6))
+    take_in(store, 5)
+    assert not store.may_retrieve(THEIRS, version(6))
+    assert not store.may_retrieve(THEIRS, version(5))
+    with pytest.raises(ProtocolError, match="no buffer of rank 1 may be overwritten yet"):
+        store.retrieval_target(THEIRS, version(6), 1000)
+    assert store.may_retrieve(THEIRS, version(3))  # what is newer is worthless when everybody loads 3
 
 
 def test_a_retrieval_that_broke_off_is_repeated_in_the_same_buffer(store: ShardStore) -> None:

@@ -49,22 +49,21 @@ class TcpTransport:
                 return False
             wire.send(sock, dataclasses.replace(begin, sender_generation=self._generation, kept=kept))
             sock.settimeout(IO_TIMEOUT_S + begin.size / SLOWEST_READ_BYTES_PER_S)
-            answer = self._answer(sock, (Kind.WANT, Kind.HAVE))
+            answer = self._answer(sock, begin, (Kind.WANT, Kind.HAVE))
             sock.settimeout(IO_TIMEOUT_S)
             if answer.kind is Kind.HAVE:
                 return True
             finished = send_chunks(sock, buffer, version, still_wanted)
             wire.send(sock, Frame(Kind.END if finished else Kind.ABORT, buffer.owner, version))
-            return finished and self._answer(sock, (Kind.ACK,)).kind is Kind.ACK
+            return finished and self._answer(sock, begin, (Kind.ACK,)).kind is Kind.ACK
 
     def fetch(self, owner: int, version: VersionId, allocate: Callable[[int], Buffer]) -> int:
         """See :class:`ReplicaTransport`."""
         with _closing_on_error(self):
             sock = self._connected()
-            wire.send(sock, Frame(Kind.FETCH, owner, version))
-            begin = self._answer(sock, (Kind.BEGIN,))
-            if (begin.owner, begin.id) != (owner, version):
-                raise ProtocolError(f"machine {self._peer.machine} sends another shard than it was asked for")
+            request = Frame(Kind.FETCH, owner, version)
+            wire.send(sock, request)
+            begin = self._answer(sock, request, (Kind.BEGIN,))
             buffer = allocate(begin.size)
             buffer.begin(version, begin.size, retrieved=True)
             if not receive_chunks(sock, buffer, begin):
@@ -96,7 +95,7 @@ class TcpTransport:
             raise ConnectionError(f"the connection to machine {self._peer.machine} was given up")
         return self._sock
 
-    def _answer(self, sock: socket.socket, expected: tuple[Kind, ...]) -> Frame:
+    def _answer(self, sock: socket.socket, request: Frame, expected: tuple[Kind, ...]) -> Frame:
         try:
             frame = wire.receive(sock)
         except EOFError as error:
@@ -105,6 +104,8 @@ class TcpTransport:
             raise ProtocolError(f"machine {self._peer.machine} refused: {wire.receive_reason(sock, frame)}")
         if frame.kind not in expected:
             raise ProtocolError(f"machine {self._peer.machine} answered {frame.kind.name}, expected {expected}")
+        if (frame.owner, frame.id) != (request.owner, request.id):
+            raise ProtocolError(f"machine {self._peer.machine} speaks of another shard than it was asked about")
         return frame
 
 

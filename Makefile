@@ -7,9 +7,10 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 SOAK_ARGS ?=
+SIMULATE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo soak test lint format types layers wheel clean
+.PHONY: help setup demo soak simulate test lint format types layers wheel clean
 
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
@@ -27,6 +28,9 @@ demo: $(STAMP)  ## train GPT-2 on four local nodes, kill a worker, a node and a 
 
 soak: $(STAMP)  ## hit six local nodes with everything for 20 minutes, and check that all is right (SOAK_ARGS='--minutes 3')
 	$(BIN)/python recipes/soak.py $(SOAK_ARGS)
+
+simulate: $(STAMP)  ## search fault schedules on a virtual clock and network (SIMULATE_ARGS='--seeds 20000', '--seed 7')
+	$(BIN)/python -m tests.simulation $(SIMULATE_ARGS)
 
 test: $(STAMP)  ## run the tests (TESTS=tests/core: some of them; PYTEST_ARGS=-x: pytest's options)
 	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)

@@ -41,6 +41,7 @@ NODES, STANDBY, REPLICAS, ETCD_MEMBERS = 6, 1, 2, 3
 PRELOAD = "deepspeed.runtime.zero.muon.muon_optimizer"
 LAST_STEPS = 20
 _POLL_S = 0.5
+_START_S = 300.0
 _PATIENCE_S = 150.0
 """So long may the job make no step: a recovery takes seconds, several of them in a row under load much more."""
 
@@ -125,7 +126,7 @@ class Soak:
         (self.folder / "undisturbed" / "last_step").write_text(str(last_step))
         with self._launch("undisturbed", ["--nproc-per-node", str(self.nodes)], 0.0, 0) as job:
             try:
-                job.wait(120.0 + 2.0 * last_step)
+                job.wait(_START_S + 2.0 * last_step)
             except subprocess.TimeoutExpired as error:
                 raise SoakError("the undisturbed run hangs") from error
             finally:
@@ -147,8 +148,9 @@ class Soak:
         while job.poll() is None and not done():
             if (now := self._step()) != step:
                 step, moved = now, time.monotonic()
-            if time.monotonic() - moved > _PATIENCE_S:
-                raise SoakError(f"no step for {_PATIENCE_S:.0f} s during {phase}; the last was {step}")
+            patience_s = _PATIENCE_S if step > 0 else _START_S
+            if time.monotonic() - moved > patience_s:
+                raise SoakError(f"no step for {patience_s:.0f} s during {phase}; the last was {step}")
             time.sleep(_POLL_S)
         if job.poll() is not None and phase == "faults":
             self._require_success(job, "interrupted")

@@ -15,6 +15,7 @@ import pytest
 from lightning_gemini.controlplane.faults.driver import FaultDriver
 from lightning_gemini.controlplane.processes import start_time
 from lightning_gemini.core.failure_model import TraceModel
+from lightning_gemini.core.fault import PlannedFault
 from lightning_gemini.core.fault_trace import parse_trace
 from tests.cli.conftest import COMMAND, Run
 from tests.cli.scripts import UNTIL_FILE, WRITER
@@ -102,6 +103,11 @@ def test_a_trace_is_driven_against_the_job(cluster: Run, tmp_path: Path) -> None
     killed = cluster.events("fault_injected")[-1]
     assert killed["nodes"] == [root]
     assert len(killed["pids"]) >= 2
+    written = cluster.path / "faults.trace"
+    assert parse_trace(written.read_text())[1:] == (
+        PlannedFault("software", (1,), calm_s=0.1),
+        PlannedFault("root", calm_s=0.1),
+    )
     (summary,) = cluster.events("faults_summary")
     assert summary["injected"] == {"pause": 1, "software": 1, "root": 1}
     cluster.until(lambda: len(cluster.events("generation_started")) == 3)

@@ -6,7 +6,14 @@ from itertools import product
 
 import pytest
 
-from lightning_gemini.core.consistency import BufferView, newest_complete, superseded, writable_buffer
+from lightning_gemini.core.consistency import (
+    BufferView,
+    newest_complete,
+    replica_place,
+    retrieval_place,
+    superseded,
+    writable_buffer,
+)
 from lightning_gemini.core.recovery import VersionId
 
 IDS = [None, VersionId(1, 1), VersionId(1, 2), VersionId(1, 3), VersionId(2, 1), VersionId(2, 2)]
@@ -75,6 +82,47 @@ def test_superseded_frees_a_buffer_and_never_the_loaded_version(loaded: VersionI
         assert newest is None or (loaded is not None and newest <= loaded)
         if loaded is None or pair[0] != pair[1]:  # a slab never holds one version twice
             assert writable_buffer((left[0], left[1]), loaded) is not None
+
+
+@pytest.mark.parametrize("kept", IDS)
+@pytest.mark.parametrize("version", [value for value in IDS if value is not None])
+def test_a_replica_overwrites_nothing_that_may_be_the_common_version(
+    version: VersionId, kept: VersionId | None
+) -> None:
+    for pair in PAIRS:
+        if version in [held(view) for view in pair] or (pair[0].id == pair[1].id and pair[0].id):
+            continue
+        place = replica_place((pair[0], pair[1]), version, kept)
+        between = [view.id is not None and kept is not None and kept < view.id < version for view in pair]
+        assert list(place.given_up) == [index for index in (0, 1) if between[index]]
+        left = [None if between[index] else held(pair[index]) for index in (0, 1)]
+        if place.index is None:
+            lowest = min(value for value in left if value is not None)
+            assert None not in left
+            assert lowest > version or lowest == kept
+        elif (overwritten := left[place.index]) is not None:
+            other = left[1 - place.index]
+            assert other is not None
+            assert overwritten < other, "the newest complete version stays"
+            assert overwritten < version, "nothing makes room for what is older"
+        if kept is not None and kept < version and place.index is not None and kept in left:
+            assert left[place.index] != kept, "what the owner keeps stays"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_retrieval_overwrites_what_is_newer_first(own: bool) -> None:
+    for pair, version in product(PAIRS, [value for value in IDS if value is not None]):
+        values = [held(view) for view in pair]
+        if version in values or (pair[0].id == pair[1].id and pair[0].id):
+            continue
+        index = retrieval_place((pair[0], pair[1]), version, own=own)
+        older = [value for value in values if value is not None and value < version]
+        if index is None:
+            assert (own, len(older)) == (False, 2)
+        elif (overwritten := values[index]) is not None and overwritten < version:
+            assert own
+            assert older == values or older == values[::-1], "there was no other room"
+            assert overwritten == min(older)
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,21 @@
-"""Reads a checkpoint directory with DeepSpeed alone, and trains on for a step; takes ``training.py``'s arguments."""
+"""Reads a checkpoint directory with DeepSpeed alone, and trains on for a step; takes ``training.py``'s arguments.
+
+Then rank 0 converts it to a Universal Checkpoint, beside the directory.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.checkpoint import ds_to_universal
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
@@ -57,7 +62,24 @@ def main() -> None:
     loss = engine(torch.ones(4, FEATURES)).sum()
     engine.backward(loss)
     engine.step()
+    rank = dist.get_rank()
     dist.destroy_process_group()
+    if rank == 0:
+        convert_to_universal(Path(options.strategy["persist_dir"]), options.strategy["stage"])
+
+
+def convert_to_universal(directory: Path, stage: int) -> None:
+    name = (directory / "latest").read_text()
+    settings = Namespace(
+        input_folder=str(directory / name),
+        output_folder=str(directory.with_name("universal") / name),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=stage < 3,  # as for every checkpoint of ZeRO 1 and 2 whose client is not Megatron
+    )
+    ds_to_universal.main(settings)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,11 @@ def test_others_can_read_the_persistent_tier(make_job: MakeJob, tmp_path: Path, 
     assert set(weights) == set(consolidated) | left_out
     for name, values in consolidated.items():
         assert torch.equal(torch.tensor(weights[name]), values.float()), name
+    universal = tmp_path / "universal" / f"global_step{versions[-1]}" / "zero"
+    for name in set(weights) - FROZEN:
+        stored = torch.load(universal / name / "fp32.pt", weights_only=False)
+        converted = stored["param"] if isinstance(stored, dict) else stored  # flat, from stage 3
+        assert torch.equal(torch.tensor(weights[name]).flatten(), converted.flatten()), name
     trained = job.attempts[0].of("weights")
     assert [weights] == [record["weights"] for record in trained if record["step"] == versions[-1]]
 

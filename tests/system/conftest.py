@@ -50,7 +50,7 @@ class Training(Run):
         with Observer(find_job(self.path)) as observer:
             return observer.look().step
 
-    def until_step(self, step: int, timeout_s: float = 120) -> int:
+    def until_step(self, step: int, timeout_s: float = 240) -> int:
         return int(self.until(lambda: (now := self.step()) >= step and now, timeout_s))
 
     def kill(self, kind: str, *nodes: int) -> dict[str, Any]:

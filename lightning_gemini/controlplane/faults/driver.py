@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_gemini.controlplane.events import EVENTS_FILE, EventLog
+from lightning_gemini.controlplane.events import EVENTS_FILE, EventLog, append_line
 from lightning_gemini.controlplane.faults.injector import FaultInjector, NoVictimError
 from lightning_gemini.controlplane.faults.observer import Observer, Sighting
 from lightning_gemini.controlplane.faults.recovery_watch import RecoveryWatch
@@ -20,10 +20,13 @@ from lightning_gemini.controlplane.processes import start_time
 from lightning_gemini.controlplane.run_directory import JOB_FILE, find_job
 from lightning_gemini.core.failure_model import FailureModel
 from lightning_gemini.core.fault import PlannedFault
+from lightning_gemini.core.fault_trace import format_trace
 from lightning_gemini.errors import GeminiError
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.02
+TRACE_FILE = "faults.trace"
+"""In the run directory: what was planned, for doing it again (``--failure trace,file=…``)."""
 
 
 @dataclass(slots=True)
@@ -146,9 +149,12 @@ class _Drive:
         targets = find_targets(self._observer, self._driver._model.kinds, self._pause)
         self._began = self._last = time.monotonic()
         draws = random.Random(self._driver._seed)
+        trace = self._driver._run_dir / TRACE_FILE
+        trace.unlink(missing_ok=True)
         for fault in self._driver._model.faults(targets, draws):
             self._driver.counts.waiting = [fault]
             self._await_moment(fault)
+            append_line(trace, format_trace([fault]).rstrip())
             self._carry_out(fault)
             self._driver.counts.waiting = []
         while self._injector.lasting:

@@ -12,7 +12,8 @@ from lightning_gemini.controlplane.kv.base import KeyValue
 from lightning_gemini.controlplane.orders import order_from_json
 from lightning_gemini.core.placement import Placement
 from lightning_gemini.core.recovery import Tier, VersionId
-from lightning_gemini.dataplane.slab import BufferState
+from lightning_gemini.dataplane.slab import Buffer, BufferState
+from lightning_gemini.errors import IntegrityError
 from tests.simulation.scheduler import Process
 
 _ROOTS_OWN = ("order", "replace", "assign", "result")
@@ -46,8 +47,11 @@ class Checks:
         self.failed: set[int] = set()  # slots whose memory was lost since the last full replication
         self.steps: Counter[int] = Counter()
         self._published = 0
+        self._committed: set[VersionId] = set()
+        self._undisturbed = True  # whether no memory was lost since the last restore
         self._protected = False  # whether a version was ever committed since memory was last of no use
         self._floor: VersionId | None = None
+        self._damaged: VersionId | None = None  # newest version of which a replica was damaged, until a newer is full
         self._held: dict[int, str] = {}  # slot -> incarnation, while its lease holds
         self._restored: dict[int, dict[int, Any]] = {}
         self._root: str | None = None
@@ -76,17 +80,32 @@ class Checks:
     def lost(self, slots: list[int]) -> None:
         """The memory of these slots is gone."""
         self.failed.update(slots)
-        self._floor = max(self._complete(), default=None)
+        self._undisturbed = self._undisturbed and not slots
+        complete = self._complete()
+        self._floor = max(complete, default=None) if self._damaged is None else None
         if self._protected and len(self.failed) < self._replicas:
             self.done["losses within m"] += 1
-            if self._floor is None:
+            if not complete:
                 self.violated(1, f"slots {sorted(self.failed)} lost, m={self._replicas}: no version is left in memory")
 
-    def committed(self, rank: int, version: VersionId | None) -> None:
+    def corrupt(self, slot: int, owner: int, version: VersionId) -> None:
+        """A replica was damaged, and nobody knows: its holder counts as lost until a newer version is everywhere."""
+        self.corrupted.add((self.members[slot], owner, version))
+        self._damaged = max(version, self._damaged or version)
+        self.lost([slot])
+
+    def committed(self, version: VersionId | None) -> None:
         """A rank holds ``version`` for committed."""
-        if version is not None and rank == 0:
-            self._forgive()
-            self._protected = True
+        if version is None or version in self._committed:
+            return
+        self._committed.add(version)
+        self._protected = True
+        self._forgive()
+        if not self._undisturbed:
+            return
+        self.done["commits"] += 1
+        if not self._full(self._complete().get(version, {})):
+            self.violated(1, f"{version} is held for committed, but not every holder has it")
 
     def published(self, rank: int) -> None:
         """A rank has begun to overwrite a buffer: any further machine that may be lost must leave a version."""
@@ -103,11 +122,17 @@ class Checks:
 
     def _forgive(self) -> None:
         """Full replication makes earlier losses good."""
+        newest = self._damaged
         if self.failed and any(
-            all(set(self._placement.holders(owner // self._nproc)) <= holders for owner, holders in owners.items())
-            for owners in self._complete().values()
+            self._full(owners) and (newest is None or version > newest) for version, owners in self._complete().items()
         ):
             self.failed.clear()
+            self._damaged = None
+
+    def _full(self, owners: dict[int, set[int]]) -> bool:
+        return bool(owners) and all(
+            set(self._placement.holders(owner // self._nproc)) <= holders for owner, holders in owners.items()
+        )
 
     def _indispensable(self, owners: dict[int, set[int]]) -> set[int]:
         return set().union(*(holders for holders in owners.values() if len(holders) == 1))
@@ -115,12 +140,13 @@ class Checks:
     def _complete(self) -> dict[VersionId, dict[int, set[int]]]:
         """The versions of which memory has every shard: version -> owner -> slots that hold it."""
         found: dict[VersionId, dict[int, set[int]]] = {}
-        for slot, owner, version in self._replicas_held():
+        for slot, owner, version, _ in self.replicas_held():
             found.setdefault(version, {}).setdefault(owner, set()).add(slot)
         world_size = len(self._placement.holder_sets) * self._nproc
         return {version: owners for version, owners in found.items() if len(owners) == world_size}
 
-    def _replicas_held(self) -> Iterator[tuple[int, int, VersionId]]:
+    def replicas_held(self) -> Iterator[tuple[int, int, VersionId, Buffer]]:
+        """The complete and undamaged replicas in the memories of the members: slot, owner, version, buffer."""
         for slot, incarnation in self.members.items():
             process = self.agents.get(incarnation)
             duty = None if process is None or not process.alive else process.agent._duty
@@ -132,9 +158,20 @@ class Checks:
                     if (
                         version is not None
                         and buffer.state is BufferState.COMPLETE
-                        and (incarnation, owner, version) not in self.corrupted
+                        and not self._is_damaged(incarnation, owner, version, buffer)
                     ):
-                        yield slot, owner, version
+                        yield slot, owner, version, buffer
+
+    def _is_damaged(self, incarnation: str, owner: int, version: VersionId, buffer: Buffer) -> bool:
+        """Says so until the bytes were replaced by good ones."""
+        if (incarnation, owner, version) not in self.corrupted:
+            return False
+        try:
+            buffer.verify()
+        except IntegrityError:
+            return True
+        self.corrupted.discard((incarnation, owner, version))
+        return False
 
     # -- 2: one version, the right bytes -------------------------------------------------------------------------------
 
@@ -150,6 +187,7 @@ class Checks:
             self.violated(2, f"generation {generation} restores different versions: {ranks}")
         if len(ranks) > 1:
             return
+        self._undisturbed = True
         self.recoveries[str(tier)] += 1
         if version is None and self._protected and len(self.failed) < self._replicas:
             self.violated(1, f"memory could not serve, but only slots {sorted(self.failed)} were lost")

@@ -67,9 +67,7 @@ class Cluster:
         self.store.observe = self._observe
         self.rendezvous = Rendezvous(lambda what: self.checks.violated(2, what))
         self.disk = Disk(parameters.disk_write_s)
-        self.program = Program(
-            parameters.config(), parameters.steps, parameters.step_s, parameters.persist_every_s
-        )
+        self.program = Program(parameters.config(), parameters.steps, parameters.step_s, parameters.persist_every_s)
         scheduler.died = self._thread_died
         self.launcher = SimulatedLauncher(self)
 

@@ -109,7 +109,7 @@ class Collective:
         self._wake_all()
 
     def member_lost(self) -> None:
-        """Some ranks get an error, others wait until their agent ends them, and some may have the result all the same."""
+        """Some ranks get an error, others wait until their agent ends them; some may have the result all the same."""
         if self.settled and not self.complete:
             self.torn = True
         elif not self.complete:

@@ -27,6 +27,7 @@ _WEIGHTS = {
     "network slow": 2,
     "disk slow": 1,
     "disk full": 1,
+    "byte flipped": 3,
 }
 _PATIENCE_S = 20.0
 _LOOK_S = 0.05
@@ -66,6 +67,7 @@ class Injector:
             "network slow": self._slow_network,
             "disk slow": self._slow_disk,
             "disk full": self._fill_disk,
+            "byte flipped": self._flip,
         }
 
     @property
@@ -81,13 +83,13 @@ class Injector:
         if dice.random() < 0.2:
             self._cluster.scheduler.call(dice.random() * booted_s, self._inject)
         else:
-            self._wait_for(dice.randint(0, parameters.steps - 1))
+            self._wait_for(dice.randint(0, parameters.steps // 2))
 
     def _plan_next(self) -> None:
         """The next one often comes while the job recovers from the last."""
         parameters, dice = self._cluster.parameters, self._dice
         if dice.random() < 0.7:
-            self._cluster.scheduler.call(dice.expovariate(0.7), self._inject)
+            self._cluster.scheduler.call(dice.expovariate(1.5), self._inject)
         else:
             self._wait_for(self._cluster.checks.steps[0] + dice.randint(1, max(1, parameters.steps // 3)))
 
@@ -238,3 +240,18 @@ class Injector:
     def _fill_disk(self) -> bool:
         self._cluster.disk.failing_until_s = self._cluster.scheduler.now + self._lasts(1.0, 10.0)
         return self._note("disk full")
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def _flip(self) -> bool:
+        """One byte of a complete version changes in somebody's memory."""
+        checks, dice = self._cluster.checks, self._dice
+        held = sorted(checks.replicas_held(), key=lambda found: found[:3])
+        if not held:
+            return False
+        slot, owner, version, buffer = dice.choice(held)
+        self._note(f"a byte of {version} of rank {owner} flipped at slot {slot}")
+        checks.before_loss()
+        buffer.data[dice.randrange(buffer.data_bytes)] ^= 1 << dice.randrange(8)
+        checks.corrupt(slot, owner, version)
+        return True

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest.mock import patch
 
-from lightning_gemini.callbacks import peer_memory, publisher
+from lightning_gemini.callbacks import publisher
+from lightning_gemini.callbacks.peer_memory import PeerMemory
 from lightning_gemini.callbacks.publisher import VersionPublisher
-from lightning_gemini.controlplane.agent import MachineAgent
 from lightning_gemini.controlplane.election import Election
 from lightning_gemini.controlplane.membership import Registration
 from lightning_gemini.controlplane.root_state import RootState
 from lightning_gemini.core.consistency import BufferView
 from lightning_gemini.core.recovery import VersionId
-from lightning_gemini.dataplane.slab import Buffer, Slab
+from lightning_gemini.dataplane import shard
+from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.store import ShardStore
 
 Mutation = Callable[[], AbstractContextManager[object]]
@@ -59,7 +61,7 @@ def _commit_without_replicas() -> AbstractContextManager[object]:
 
 def _remember_acknowledgements() -> AbstractContextManager[object]:
     """What the holders of an earlier generation held still counts, although some are new machines."""
-    return patch.object(Slab if hasattr(Slab, "forget_peers") else Buffer, "forget_peers", lambda self: None)
+    return patch.object(Buffer, "forget_peers", lambda self: None)
 
 
 def _unguarded_root() -> AbstractContextManager[object]:
@@ -86,30 +88,24 @@ def _take_slot_by_force() -> AbstractContextManager[object]:
     """An agent writes its record over that of whoever holds the slot."""
 
     def register(self: Registration, lease: int) -> bool:
-        self.store.put(self.key, __import__("json").dumps(dataclasses.asdict(self.record)), lease)
+        self.store.put(self.key, json.dumps(dataclasses.asdict(self.record)), lease)
         return True
 
     return patch.object(Registration, "register", register)
 
 
-def _restore_what_is_here() -> AbstractContextManager[object]:
-    """Every rank plans from its own machine's memory first."""
-    original = peer_memory.PeerMemory._inventories
+def _restore_own_newest() -> AbstractContextManager[object]:
+    """Every rank restores the newest version that it has, whatever the others have."""
+    original = PeerMemory._try
 
-    def inventories(self: peer_memory.PeerMemory) -> Any:
-        found = original(self)
-        mine = {holding.id for holding in found[self.identity.machine].holdings}
-        return [
-            dataclasses.replace(each, holdings=tuple(h for h in each.holdings if not mine or h.id in mine))
-            for each in found
-        ]
+    def restore(self: PeerMemory, plan: Any) -> Any:
+        slab = self.client.attach_existing()
+        newest = next(slab.complete(), None) if slab is not None else None
+        if newest is None or newest.id is None or newest.id <= plan.id:
+            return original(self, plan)
+        return shard.read(newest.data[: newest.data_bytes])
 
-    return patch.object(peer_memory.PeerMemory, "_inventories", inventories)
-
-
-def _no_fence() -> AbstractContextManager[object]:
-    """A report does not end the transfers of the generation before."""
-    return patch.object(MachineAgent, "_end_transfers", lambda self: None)
+    return patch.object(PeerMemory, "_try", restore)
 
 
 MUTATIONS: dict[str, Mutation] = {
@@ -120,8 +116,7 @@ MUTATIONS: dict[str, Mutation] = {
     "unguarded-root": _unguarded_root,
     "count-stale-reports": _count_stale_reports,
     "take-slot-by-force": _take_slot_by_force,
-    "restore-what-is-here": _restore_what_is_here,
-    "no-fence": _no_fence,
+    "restore-own-newest": _restore_own_newest,
 }
 """By name; what each does is what its function says."""
 

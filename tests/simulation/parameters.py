@@ -55,14 +55,14 @@ class Parameters:
     @classmethod
     def draw(cls, dice: random.Random, machines: int | None = None) -> Parameters:
         """Draws a job; of ``machines`` machines, where that is given."""
-        number = machines or dice.choice((2, 3, 3, 4, 4, 5, 6))
+        number = machines or dice.choice((2, 3, 3, 3, 4, 4, 5))
         replicas = min(number, dice.choice((1, 2, 2, 2, 2, 3)))
         drawn = cls(
             machines=number,
-            nproc_per_machine=dice.choice((1, 1, 1, 2)) if number <= 4 else 1,
+            nproc_per_machine=dice.choice((1, 1, 1, 2)) if number <= 3 else 1,
             replicas=replicas,
             placement=dice.choice(("mixed", "mixed", "ring")),
-            steps=dice.randint(8, 24),
+            steps=dice.randint(6, 20),
             step_s=_scattered(dice, 0.02, 0.3),
             commit_wait_s=_scattered(dice, 0.01, 1.0),
             persist_every_s=_scattered(dice, 0.3, 10.0),

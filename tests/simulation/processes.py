@@ -42,7 +42,9 @@ class Machine:
         """A port that nobody uses here."""
         return next(self._ports)
 
-    def start(self, name: str, program: Callable[[], int | None], environ: dict[str, str], parent: Process | None) -> Process:
+    def start(
+        self, name: str, program: Callable[[], int | None], environ: dict[str, str], parent: Process | None
+    ) -> Process:
         """Starts a process; it dies with its parent."""
         process = Process(name, self, self.cluster.new_pid(), environ)
         self.processes.append(process)

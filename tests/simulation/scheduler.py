@@ -148,7 +148,7 @@ class Scheduler:
                 self.current = fiber
                 try:
                     fiber.throw(GreenletExit)
-                except BaseException:  # noqa: S112 - what cleaning up meets in a world that is over
+                except BaseException:  # what cleaning up meets in a world that is over
                     continue
         self.current = None
         self._fibers.clear()

@@ -160,7 +160,7 @@ class Trainer:
 
     def _checkpoint(self, publisher: VersionPublisher, newest: VersionId | None) -> None:
         publisher.settle()
-        self._checks.committed(self._rank, publisher.committed)
+        self._checks.committed(publisher.committed)
         self._persist_if_due(publisher)
         if (newest is None or self._step != newest.version) and publisher.ready(self._step):
             publisher.publish(self._step, self._layout(), Active.scheduler.now)

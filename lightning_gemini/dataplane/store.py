@@ -177,6 +177,8 @@ class ShardStore:
                 buffer.verify()
             return buffer is not None
         except IntegrityError as error:
+            if self.complete_buffer(owner, version) is None:  # its owner began the next version meanwhile
+                return False
             log.warning("machine %d drops its copy of version %d: %s", self.machine, version.version, error)
             self.discard(owner, version)
             return False

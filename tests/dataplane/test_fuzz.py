@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import random
@@ -154,10 +153,12 @@ def test_made_up_answers_to_a_transport(seed: int) -> None:
         for _ in range(100):
             transport = TcpTransport(Peer(1, server.listener.getsockname()), JOB, SECRET, 0, 1)
             wanted = VersionId(2, noise.randrange(9))
-            fetch = functools.partial(transport.fetch, OWNER, wanted, owner.retrieval(OWNER, wanted))
-            ask = noise.choice([fetch, functools.partial(transport.push, mine, NEW, lambda: True)])
-            with pytest.raises((IntegrityError, OSError, GeminiError)):
-                ask()
+            if noise.random() < 0.5:
+                with pytest.raises((IntegrityError, OSError, GeminiError)):
+                    transport.fetch(OWNER, wanted, owner.retrieval(OWNER, wanted))
+            else:
+                with contextlib.suppress(OSError):  # now and then it happens to say that it has this very version
+                    transport.push(mine, NEW, lambda: True)
             transport.close()
         assert content_of(mine) == shard_bytes(OWNER, NEW, SIZE)
         assert complete_ids(owner.store.slab(OWNER)) == [NEW]

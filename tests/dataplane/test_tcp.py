@@ -101,6 +101,7 @@ WRONG_STREAMS: dict[str, Callable[[], list[tuple[Frame, bytes]]]] = {
     "of another generation": lambda: [replace(chunk(0), id=VersionId(2, NEW.version))],
     "with a wrong checksum": lambda: [replace(chunk(0), checksum=7)],
     "ended early": lambda: [chunk(0), (Frame(Kind.END, OWNER, NEW), b"")],
+    "ended for another version": lambda: [chunk(0), chunk(1), chunk(2), (Frame(Kind.END, OWNER, VersionId(1, 6)), b"")],
     "ended at once": lambda: [(Frame(Kind.END, OWNER, NEW), b"")],
     "begun again": lambda: [chunk(0), (Frame(Kind.BEGIN, OWNER, NEW, SIZE, CHUNK, sender_generation=1), b"")],
     "answered by itself": lambda: [(Frame(Kind.ACK, OWNER, NEW), b"")],

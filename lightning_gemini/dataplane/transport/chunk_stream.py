@@ -54,6 +54,8 @@ def receive_chunks(sock: socket.socket, buffer: Buffer, begin: Frame) -> bool:
             if xxhash.xxh3_64_intdigest(target) != frame.checksum:
                 raise IntegrityError(f"chunk {index} of rank {begin.owner}'s shard was corrupted on the way")
             buffer.seal_chunk(index, frame.checksum)
+        if (frame.owner, frame.id) != (begin.owner, begin.id):
+            raise ProtocolError(f"a {frame.kind.name} frame of rank {frame.owner} came out of turn")
         if frame.kind is Kind.END:
             _require_wanted(buffer, begin.id)
             buffer.complete()

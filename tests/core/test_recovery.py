@@ -42,7 +42,7 @@ def clusters(max_machines: int) -> Iterator[tuple[Placement, int]]:
     for machines, strategy in product(range(1, max_machines + 1), STRATEGIES):
         for replicas in range(1, machines + 1):
             if strategy != "group" or machines % replicas == 0:
-                yield plan_placement(machines, replicas, strategy), machines
+                yield plan_placement(machines, replicas, strategy, [str(m % 3) for m in range(machines)]), machines
 
 
 def hosted_ranks(placement: Placement, machine: int, nproc: int) -> list[int]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lightning_gemini.core.failure_model import Draws
 from lightning_gemini.dataplane.slab import HEADER_BYTES, BufferState
 
-# The first words of dataplane/slab.py: magic, owner, state, generation, version, bytes of data.
+# The first words of dataplane/header.py: magic, owner, state, generation, version, bytes of data.
 _HEADER = struct.Struct("<6Q")
 _NAME = re.compile(r"^/memfd:lightning-gemini-\d+ ")
 

@@ -54,6 +54,7 @@ class Checks:
         self._damaged: VersionId | None = None  # newest version of which a replica was damaged, until a newer is full
         self._held: dict[int, str] = {}  # slot -> incarnation, while its lease holds
         self._restored: dict[int, dict[int, Any]] = {}
+        self._tiers: dict[int, set[Tier]] = {}
         self._root: str | None = None
         self._order_rank, self._order = (0, False), ""
         self._reported: dict[str, int] = {}
@@ -183,12 +184,15 @@ class Checks:
         ranks = self._restored.setdefault(generation, {})
         ranks[rank] = loaded
         self._note(f"rank {rank} generation {generation} restores {version or step} from {tier}")
+        self._tiers.setdefault(generation, set()).add(tier)
+        if len(ranks) == len(self._placement.holder_sets) * self._nproc:
+            worst = max(self._tiers.pop(generation), key=list(Tier).index)
+            self.recoveries[str(worst)] += 1
         if set(ranks.values()) != {loaded}:
             self.violated(2, f"generation {generation} restores different versions: {ranks}")
         if len(ranks) > 1:
             return
         self._undisturbed = True
-        self.recoveries[str(tier)] += 1
         if version is None and self._protected and len(self.failed) < self._replicas:
             self.violated(1, f"memory could not serve, but only slots {sorted(self.failed)} were lost")
         if self._floor is not None and (version is None or version < self._floor):
@@ -244,14 +248,20 @@ class Checks:
             self.violated(3, f"{incarnation} reports for generation {generation} after a newer one")
         self._reported[incarnation] = generation
 
-    def worker_started(self, slot: int, incarnation: str, generation: int) -> None:
+    def worker_started(self, worker: Process) -> None:
         """An agent's pool has started a worker."""
+        environ, rank = worker.environ, worker.environ["RANK"]
+        slot, generation = int(environ["GROUP_RANK"]), int(environ["LIGHTNING_GEMINI_GENERATION"])
+        incarnation = environ["INCARNATION"]
         first = self._obeyed.setdefault((generation, slot), incarnation)
         if first != incarnation:
             self.violated(3, f"{first} and {incarnation} both obey in slot {slot} at generation {generation}")
         if generation < self._newest_obeyed.get(incarnation, 0):
             self.violated(3, f"{incarnation} starts a worker of generation {generation} after a newer one")
         self._newest_obeyed[incarnation] = generation
+        others = [p for p in worker.machine.processes if p is not worker and p.environ.get("RANK") == rank]
+        if others:
+            self.violated(3, f"{worker} starts while {others} still run")
 
     # -- 4 and progress ------------------------------------------------------------------------------------------------
 

@@ -152,9 +152,7 @@ class Cluster:
 
     def worker_started(self, worker: Process) -> None:
         """A fork server has started a worker."""
-        environ = worker.environ
-        generation, slot = int(environ["LIGHTNING_GEMINI_GENERATION"]), int(environ["GROUP_RANK"])
-        self.checks.worker_started(slot, environ["INCARNATION"], generation)
+        self.checks.worker_started(worker)
         worker.ended.append(lambda ended: self.note(f"{ended} ended with {ended.exit_code}"))
 
     def _observe(self, writer: Process | None, key: str, now: Any) -> None:

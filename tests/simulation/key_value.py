@@ -55,6 +55,9 @@ class KeyValueServer:
         self._leases: dict[int, Lease] = {}
         self._next_lease = 0
 
+    def __repr__(self) -> str:
+        return "the store"
+
     def stop(self) -> None:
         """Answers nobody from now on."""
         self.up = False

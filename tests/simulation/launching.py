@@ -26,7 +26,7 @@ class SimulatedOperator:
         self._dice = cluster.scheduler.random
 
     def start_machine(self) -> None:
-        if self._dice.random() < 0.02:
+        if self._dice.random() < min(0.02, 0.2 / self._cluster.parameters.machines):
             raise OperatorError("no machine is free: try again later")
         machine = self._cluster.new_machine(next(self._names))
         machine.agent = None

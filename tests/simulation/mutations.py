@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -14,11 +13,12 @@ from lightning_gemini.callbacks import publisher
 from lightning_gemini.callbacks.peer_memory import PeerMemory
 from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.controlplane.election import Election
-from lightning_gemini.controlplane.membership import Registration
-from lightning_gemini.controlplane.root_state import RootState
+from lightning_gemini.controlplane.slot_agent import SlotAgent
+from lightning_gemini.controlplane.warm_pool import WarmPool
 from lightning_gemini.core.consistency import BufferView
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import shard
+from lightning_gemini.dataplane.replicator import Replicator
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.store import ShardStore
 
@@ -59,9 +59,25 @@ def _commit_without_replicas() -> AbstractContextManager[object]:
     return patch.object(VersionPublisher, "_is_complete", lambda self, version: self._slab.holding(version) is not None)
 
 
-def _remember_acknowledgements() -> AbstractContextManager[object]:
-    """What the holders of an earlier generation held still counts, although some are new machines."""
-    return patch.object(Buffer, "forget_peers", lambda self: None)
+@contextlib.contextmanager
+def _remember_holders() -> Iterator[None]:
+    """A replacement is taken to hold what the machine before it held."""
+    start, retrieve = Replicator.start, SlotAgent._retrieve
+
+    def remember(self: Replicator, peers: Any) -> None:
+        held = dict(self._held)
+        start(self, peers)
+        self._held.update(held)
+
+    def without_refills(self: SlotAgent, plan: Any) -> None:
+        retrieve(self, dataclasses.replace(plan, refills=()))
+
+    with (
+        patch.object(Buffer, "forget_peers", lambda self: None),
+        patch.object(Replicator, "start", remember),
+        patch.object(SlotAgent, "_retrieve", without_refills),
+    ):
+        yield
 
 
 def _unguarded_root() -> AbstractContextManager[object]:
@@ -74,24 +90,9 @@ def _unguarded_root() -> AbstractContextManager[object]:
     return patch.object(Election, "put", put)
 
 
-def _count_stale_reports() -> AbstractContextManager[object]:
-    """The root takes reports of an earlier generation for answers to its newest order."""
-
-    def current(self: RootState, answer: Any) -> bool:
-        member = self.members.get(answer.machine)
-        return member is not None and member.incarnation == answer.incarnation
-
-    return patch.object(RootState, "current", current)
-
-
-def _take_slot_by_force() -> AbstractContextManager[object]:
-    """An agent writes its record over that of whoever holds the slot."""
-
-    def register(self: Registration, lease: int) -> bool:
-        self.store.put(self.key, json.dumps(dataclasses.asdict(self.record)), lease)
-        return True
-
-    return patch.object(Registration, "register", register)
+def _leave_old_workers() -> AbstractContextManager[object]:
+    """A report does not end the workers of the generation before."""
+    return patch.object(WarmPool, "kill_workers", lambda self, timeout_s: True)
 
 
 def _restore_own_newest() -> AbstractContextManager[object]:
@@ -112,10 +113,9 @@ MUTATIONS: dict[str, Mutation] = {
     "reuse-before-commit": _reuse_before_commit,
     "delete-before-acknowledged": _delete_before_acknowledged,
     "commit-without-replicas": _commit_without_replicas,
-    "remember-acknowledgements": _remember_acknowledgements,
+    "remember-holders": _remember_holders,
     "unguarded-root": _unguarded_root,
-    "count-stale-reports": _count_stale_reports,
-    "take-slot-by-force": _take_slot_by_force,
+    "leave-old-workers": _leave_old_workers,
     "restore-own-newest": _restore_own_newest,
 }
 """By name; what each does is what its function says."""

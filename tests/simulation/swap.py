@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,6 +49,28 @@ _UNDER_TEST = (
     "dataplane.transport.tcp",
     "dataplane.wire",
 )
+_REPLACED = (
+    "callbacks.ranks",
+    "controlplane.fork_server",
+    "controlplane.processes",
+    "controlplane.run_directory",
+    "controlplane.standalone",
+    "controlplane.template",
+    "controlplane.worker_env",
+)
+"""Modules whose work is done by a simulated part, or that no simulated process uses."""
+
+
+def left_real() -> list[str]:
+    """Modules of the package that the simulation has loaded, and that would still look at the real clock."""
+    real = {name: importlib.import_module(name) for name in ("threading", "time", "queue", "socket")}
+    known = {f"lightning_gemini.{name}" for name in (*_UNDER_TEST, *_REPLACED)}
+    loaded = [(name, module) for name, module in sys.modules.items() if name.startswith("lightning_gemini.")]
+    return [
+        name
+        for name, module in loaded
+        if name not in known and any(getattr(module, attribute, None) is found for attribute, found in real.items())
+    ]
 
 
 def _listen(path: Any) -> sockets.Socket:

@@ -13,7 +13,7 @@ from tests.simulation.mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[2]
 SCHEDULES = 2000
-SEARCHED = 300
+SEARCHED = 200
 """Within how many seeds every known bad protocol must be found."""
 
 
@@ -62,3 +62,9 @@ def test_a_seed_replays_exactly() -> None:
     assert fingerprint(first.stdout) == fingerprint(again.stdout)
     assert first.stdout == again.stdout
     assert fingerprint(simulate("--seed", 12).stdout) != fingerprint(first.stdout)
+
+
+def test_nothing_that_is_simulated_uses_the_real_clock() -> None:
+    program = "from tests.simulation import cluster, swap; print(*swap.left_real())"
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not found.stdout.split(), "add these modules to tests/simulation/swap.py"

@@ -22,6 +22,7 @@ def main() -> int:
     if os.environ.get("PYTHONHASHSEED") != "0":  # a seed must mean the same in every process
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]])
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # what broke is seen at once
     if arguments.seed is not None:
         return _replay(arguments)
     return _search(arguments)

@@ -31,6 +31,7 @@ def script(tmp_path: Path) -> str:
         (["--etcd", "nowhere"], "HOST:PORT"),
         (["--standby", "-1"], "--standby must be 0 or more, got -1"),
         (["--etcd-members", "2"], "--etcd-members must be 1 or 3, got 2"),
+        (["--domains", "a,b,c"], "--domains names 3 machines, the job has 1: give one for each"),
         (["--host", "0.0.0.0"], "--host must be an address at which machines reach this host"),
         (["--operator", "cloud"], "operator must be one of aws, command, kubernetes, local, slurm, got 'cloud'"),
         (["--operator", "command,pools=3"], "operator command has no setting 'pools'; it has: name, command"),

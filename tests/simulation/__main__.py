@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -49,6 +50,8 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    gc.collect()
+    gc.freeze()  # what was imported is never looked at again, and stays shared with the processes
     began, total, broken, done = time.monotonic(), _Total(), 0, 0
     for outcome in _outcomes(arguments):
         done += 1

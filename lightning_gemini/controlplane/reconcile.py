@@ -76,6 +76,7 @@ class Reconciler:
                 live += 1
         for _ in range(wanted - live):
             self._operator.start_machine()
+            self._backoff_s = 0.0  # it gives something
         return None
 
     def _how_it_ends(self, machine: Machine) -> JobEnd | None:

@@ -65,8 +65,9 @@ class RunSettings:
         if self.etcd_members not in (1, 3):
             raise ConfigurationError(f"--etcd-members must be 1 or 3, got {self.etcd_members}")
         if len(self.domains) > self.nodes + self.standby:
+            machines = self.nodes + self.standby
             raise ConfigurationError(
-                f"--domains names {len(self.domains)} machines, the job has {self.nodes + self.standby}: give one for each"
+                f"--domains names {len(self.domains)} machines, the job has {machines}: give one for each"
             )
         if self.host in ("", "0.0.0.0", "::"):  # noqa: S104 - refused
             raise ConfigurationError(f"--host must be an address at which machines reach this host, got {self.host!r}")

@@ -5,6 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.setup-done
 TESTS ?= tests
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 SOAK_ARGS ?=
 SIMULATE_ARGS ?=
@@ -33,7 +34,7 @@ simulate: $(STAMP)  ## search fault schedules on a virtual clock and network (SI
 	$(BIN)/python -m tests.simulation $(SIMULATE_ARGS)
 
 test: $(STAMP)  ## run the tests (TESTS=tests/core: some of them; PYTEST_ARGS=-x: pytest's options)
-	$(BIN)/python -m pytest $(PYTEST_ARGS) $(TESTS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS) $(TESTS)
 
 lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .

@@ -21,7 +21,8 @@ from lightning_gemini.controlplane.standalone import runtime_dir
 from lightning_gemini.errors import ConfigurationError
 
 JOB_FILE = "job.json"
-_SOCKET_PATH_LIMIT = 100  # bytes; the kernel's is 108 with the final zero
+_SOCKET_PATH_LIMIT = 100  # bytes
+_KERNELS_LIMIT = 107  # without the zero at the end
 _LONG_NAME = 16
 
 
@@ -162,7 +163,14 @@ def unlink_slot(run_dir: Path, job: str, slot: int, target: Path) -> None:
 
 def _socket(inside: Path, outside: str) -> Path:
     """Picks a short place outside the run directory when the path inside is too long for a unix socket."""
-    return inside if len(os.fsencode(inside)) <= _SOCKET_PATH_LIMIT else runtime_dir() / outside
+    if len(os.fsencode(inside)) <= _SOCKET_PATH_LIMIT:
+        return inside
+    path = runtime_dir() / outside
+    if (length := len(os.fsencode(path))) > _KERNELS_LIMIT:
+        raise ConfigurationError(
+            f"the socket {path} has {length} bytes, {_KERNELS_LIMIT} are allowed: set TMPDIR to a shorter directory"
+        )
+    return path
 
 
 def find_job(run_dir: Path | None) -> dict[str, Any]:

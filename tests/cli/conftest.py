@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +25,16 @@ COMMAND = [sys.executable, "-m", "lightning_gemini.cli"]
 class Run:
     """A ``lightning-gemini run`` in the background."""
 
-    def __init__(self, directory: Path, source: str, *arguments: str, nodes: int = 2, nproc: int = 1, **options: str):
+    def __init__(
+        self,
+        directory: Path,
+        runtime: Path,
+        source: str,
+        *arguments: str,
+        nodes: int = 2,
+        nproc: int = 1,
+        **options: str,
+    ) -> None:
         self.path = directory / "run"
         script = directory / "script.py"
         script.write_text(source)
@@ -32,7 +43,7 @@ class Run:
         command = [*COMMAND, "run", *shape, "--run-dir", str(self.path), *more, str(script), *arguments]
         self.output = directory / "terminal.txt"
         # The link to the newest run must not be that of the person who runs the tests.
-        self.env = {**os.environ, "TMPDIR": str(directory)}
+        self.env = {**os.environ, "TMPDIR": str(runtime)}
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output, env=self.env, cwd=os.getcwd())
 
@@ -89,11 +100,19 @@ class Run:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+def short_directory() -> Iterator[Path]:
+    """For unix sockets, whose paths must be short."""
+    path = Path(tempfile.mkdtemp(prefix="gemini-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture
+def start(tmp_path: Path, short_directory: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
     def begin(source: str, *arguments: str, **options: Any) -> Run:
-        runs.append(Run(tmp_path, source, *arguments, **options))
+        runs.append(Run(tmp_path, short_directory, source, *arguments, **options))
         return runs[-1]
 
     yield begin

@@ -12,9 +12,9 @@ from lightning_gemini.controlplane.standalone import find_or_start, socket_path
 
 
 def test_stop_ends_the_agents_that_scripts_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    short_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(short_directory))
     with find_or_start("job", 0, "127.0.0.1", 60.0) as client:
         pid = int(client.identity["pid"])
     assert main(["stop", "--agents"]) == 0

@@ -32,7 +32,12 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if not one.numel():
         return True
     first, second = (
-        tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+        tensor.detach()
+        .resolve_conj()
+        .resolve_neg()
+        .clone(memory_format=torch.contiguous_format)
+        .reshape(-1)
+        .view(torch.uint8)
         for tensor in (one, other)
     )
     return torch.equal(first, second)

@@ -39,7 +39,7 @@ class Training(Run):
     ) -> None:
         arguments = (strategy, str(directory), str(epochs), str(seconds))
         preload = "deepspeed.runtime.zero.muon.muon_optimizer"
-        super().__init__(directory, SCRIPT, *arguments, nodes=nodes, preload=preload, **options)
+        super().__init__(directory, directory, SCRIPT, *arguments, nodes=nodes, preload=preload, **options)
         self.nodes = nodes
         self.directory = directory
         self.ports: set[tuple[int, int]] = set()

@@ -55,6 +55,11 @@ class Word(enum.IntEnum):
     END = 23
 
 
+_IN_USE = {int(state): state for state in (BufferState.WRITING, BufferState.COMPLETE)}
+_IN_ONE_READ = int(Word.IDENTITY_CHECKSUM) + 1
+_OWNERS = int(Word.OWNER), int(Word.OWNER_AGAIN), int(Word.OWNER_ONCE_MORE)
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """Words that change together, with their checksum behind them.
@@ -112,19 +117,20 @@ def contents(words: memoryview, table: memoryview) -> Contents:
         words: The header's words.
         table: The chunks' checksums.
     """
-    state = words[Word.STATE]
-    if state not in (BufferState.WRITING, BufferState.COMPLETE) or words[Word.MAGIC] != MAGIC:
+    # One copy, and plain integers to index it: this is read all the time.
+    magic, _, word, generation, version, data_bytes, chunk_bytes, ready, whole, found = words[:_IN_ONE_READ].tolist()
+    state = _IN_USE.get(word)
+    if state is None or magic != MAGIC:
         return NOTHING
-    generation, version, data_bytes, chunk_bytes = words[Word.GENERATION : Word.CHUNKS_READY].tolist()
     identity = _IDENTITY.pack(owner(words), generation, version, data_bytes, chunk_bytes)
     checksum = xxhash.xxh3_64_intdigest(identity, MAGIC)
-    if checksum != words[Word.IDENTITY_CHECKSUM]:
+    if checksum != found:
         return NOTHING
-    if state == BufferState.COMPLETE:
+    if state is BufferState.COMPLETE:
         chunks = -(-data_bytes // chunk_bytes) if chunk_bytes else 0
-        if words[Word.HEADER_CHECKSUM] != whole_checksum(checksum, words[Word.CHUNKS_READY], table[:chunks]):
+        if whole != whole_checksum(checksum, ready, table[:chunks]):
             return NOTHING
-    return Contents(BufferState(state), VersionId(generation, version))
+    return Contents(state, VersionId(generation, version))
 
 
 def whole_checksum(identity_checksum: int, chunks_ready: int, table: memoryview) -> int:
@@ -147,14 +153,15 @@ def write_identity(words: memoryview, version: VersionId, data_bytes: int, chunk
 
 def owner(words: memoryview) -> int:
     """Returns the global rank whose shard it is: what two of three words say."""
-    one, two, three = words[Word.OWNER], words[Word.OWNER_AGAIN], words[Word.OWNER_ONCE_MORE]
-    found: int = one if one in (two, three) else two
+    first, second, third = _OWNERS
+    one, two = words[first], words[second]
+    found: int = one if one == two or one == words[third] else two
     return found
 
 
 def write_owner(words: memoryview, rank: int) -> None:
     """Notes the global rank whose shard it is."""
-    for place in (Word.OWNER, Word.OWNER_AGAIN, Word.OWNER_ONCE_MORE):
+    for place in _OWNERS:
         words[place] = rank
 
 

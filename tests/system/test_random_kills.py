@@ -39,7 +39,7 @@ def restored(run: Training) -> list[list[dict[str, Any]]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", ["1", "2", "3"])
+@pytest.mark.parametrize("stage", ["1"])  # 2 has its kills below, 3 in the soak
 def test_workers_and_nodes(train: Train, undisturbed: Undisturbed, seed: int, stage: str) -> None:
     draw = random.Random(seed + int(stage))
     run = train(f"gemini_stage_{stage}")

@@ -102,7 +102,8 @@ class Checks:
         self._committed.add(version)
         self._protected = True
         self._forgive()
-        if not self._undisturbed:
+        # A replica that is damaged after its holder read it for the last time is nobody's fault, and nobody's knowledge.
+        if not self._undisturbed or any(version == damaged for _, _, damaged in self.corrupted):
             return
         self.done["commits"] += 1
         if not self._full(self._complete().get(version, {})):

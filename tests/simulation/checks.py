@@ -102,7 +102,7 @@ class Checks:
         self._committed.add(version)
         self._protected = True
         self._forgive()
-        # A replica that is damaged after its holder read it for the last time is nobody's fault, and nobody's knowledge.
+        # Damage after a holder's last look at its replica is nobody's fault, and known to nobody.
         if not self._undisturbed or any(version == damaged for _, _, damaged in self.corrupted):
             return
         self.done["commits"] += 1

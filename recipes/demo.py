@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import secrets
 import shutil
@@ -28,6 +27,7 @@ from typing import Any, TextIO
 
 import timeline
 from hydra.errors import HydraException
+from launched import cpu_environment, end
 from omegaconf import DictConfig, OmegaConf
 from progress import Progress, Screen
 from report import (
@@ -98,13 +98,15 @@ class Demo:
         _clear(run_dir)
         faults = FaultDriver(run_dir, TraceModel(tuple(planned)), self.seed)
         with (self.folder / f"{name}.log").open("w") as log:
-            launcher = subprocess.Popen(self._command(run_dir, overrides), stdout=log, stderr=log, env=_environment())
+            launcher = subprocess.Popen(
+                self._command(run_dir, overrides), stdout=log, stderr=log, env=cpu_environment()
+            )
             try:
                 faults.start()
                 self._watch(launcher, Progress(run_dir, int(self.cfg.trainer.max_steps)), Screen(title))
             finally:
                 counts = faults.close()
-                _end(launcher)
+                end(launcher)
         if launcher.returncode != 0:
             raise DemoError(
                 f"run {name!r} failed with exit code {launcher.returncode}:\n{_tail(self.folder / f'{name}.log')}"
@@ -200,11 +202,6 @@ def replicas(cfg: DictConfig) -> int:
     return CheckpointConfig(replicas=cfg.gemini.replicas).replicas_for(int(cfg.gemini.operator.nodes))
 
 
-def _environment() -> dict[str, str]:
-    """The demo trains on the CPU wherever it runs."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
-
 def _clear(run_dir: Path) -> None:
     try:
         alive = find_job(run_dir)["alive"]
@@ -215,17 +212,6 @@ def _clear(run_dir: Path) -> None:
             f"a live job uses {run_dir}: end it (`lightning-gemini stop --run-dir {run_dir}`) or give --dir"
         )
     shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def _end(launcher: subprocess.Popen[bytes]) -> None:
-    """The launcher takes everything down with it; it gets time for that."""
-    if launcher.poll() is None:
-        launcher.terminate()
-        try:
-            launcher.wait(timeout=60.0)
-        except subprocess.TimeoutExpired:
-            launcher.kill()
-            launcher.wait()
 
 
 def _tail(path: Path) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import secrets
 import shutil
 import signal
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from invariants import violations
+from launched import cpu_environment, end
 from report import IncompleteRunError, Run, differences, read_run
 from soak_summary import summarise, text
 
@@ -114,7 +114,7 @@ class Soak:
                 self._watch(job, lambda: False, "the last steps")
             finally:
                 driver.close()
-                _end(job)
+                end(job)
             if driver.counts.error is not None:
                 raise SoakError(f"no more faults: {driver.counts.error}")
             self._require_success(job, "interrupted")
@@ -130,7 +130,7 @@ class Soak:
             except subprocess.TimeoutExpired as error:
                 raise SoakError("the undisturbed run hangs") from error
             finally:
-                _end(job)
+                end(job)
             self._require_success(job, "undisturbed")
 
     def _launch(self, name: str, options: list[str], step_s: float, checkpoint_every: int) -> subprocess.Popen[bytes]:
@@ -138,7 +138,7 @@ class Soak:
         folder.mkdir(parents=True, exist_ok=True)
         launch = [sys.executable, "-m", "lightning_gemini.cli", "run", "--run-dir", str(folder / "run"), *options]
         command = [*launch, "--preload", PRELOAD, str(SCRIPT), str(folder), str(step_s), str(checkpoint_every)]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        environment = cpu_environment(OMP_NUM_THREADS="1")
         with (folder / "terminal.txt").open("wb") as output:
             return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
@@ -218,17 +218,6 @@ def _last_line(path: Path) -> str:
         file.seek(max(0, path.stat().st_size - 2000))
         whole = [line for line in file.read().splitlines(keepends=True)[-2:] if line.endswith(b"\n")]
     return whole[-1].decode() if whole else ""
-
-
-def _end(job: subprocess.Popen[bytes]) -> None:
-    """The launcher takes everything down with it; it gets time for that."""
-    if job.poll() is None:
-        job.terminate()
-        try:
-            job.wait(timeout=60.0)
-        except subprocess.TimeoutExpired:
-            job.kill()
-            job.wait()
 
 
 if __name__ == "__main__":

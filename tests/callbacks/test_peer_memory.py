@@ -276,21 +276,26 @@ def test_without_any_sound_version_the_persistent_tier_is_next(cluster: Make, ca
     assert not any(agent._store.inventory().holdings for agent in job.agents)
 
 
+def fail_to_read(monkeypatch: pytest.MonkeyPatch, rank: int, error: Exception) -> None:
+    """Lets the newest shard of a rank be fetched and verified, but not read."""
+    decode, unreadable = shard.read, weights(rank, v(5))
+
+    def read(data: memoryview) -> Any:
+        stable, volatile = decode(data)
+        if torch.equal(stable["weights"], unreadable):
+            raise error
+        return stable, volatile
+
+    monkeypatch.setattr(shard, "read", read)
+
+
 def test_memory_that_rots_again_and_again_does_not_hold_a_restore_up(
     cluster: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The fetched copy is corrupt as soon as it is there: it is fetched once more, not for ever."""
     job = cluster()
     job.restart()
-    decode, rank_0 = shard.read, weights(0, v(5))
-
-    def read(data: memoryview) -> Any:
-        stable, volatile = decode(data)
-        if torch.equal(stable["weights"], rank_0):
-            raise IntegrityError("the bytes changed while they were read")
-        return stable, volatile
-
-    monkeypatch.setattr(shard, "read", read)
+    fail_to_read(monkeypatch, rank=0, error=IntegrityError("the bytes changed while they were read"))
     assert_restored(job.find(), 4)
     assert [message.rpartition("; ")[2] for message in said(caplog)] == [
         "using the copy on machine 1 instead",
@@ -301,15 +306,7 @@ def test_memory_that_rots_again_and_again_does_not_hold_a_restore_up(
 def test_a_shard_that_one_rank_cannot_read_is_an_error_to_all(cluster: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     job = cluster()
     job.restart()
-    decode, rank_1 = shard.read, weights(1, v(5))
-
-    def read(data: memoryview) -> Any:
-        stable, volatile = decode(data)
-        if torch.equal(stable["weights"], rank_1):
-            raise RestoreError("the script lacks a class")
-        return stable, volatile
-
-    monkeypatch.setattr(shard, "read", read)
+    fail_to_read(monkeypatch, rank=1, error=RestoreError("the script lacks a class"))
     with ThreadPoolExecutor(2) as threads:
         for future in [threads.submit(memory.find) for memory in job.memories]:
             with pytest.raises(RestoreError, match="lacks a class"):

@@ -178,9 +178,6 @@ class SimpleQueue:
     def empty(self) -> bool:
         return not self._items
 
-    def qsize(self) -> int:
-        return len(self._items)
-
 
 class Thread:
     """``threading.Thread``, of the simulated process that starts it."""

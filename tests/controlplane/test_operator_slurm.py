@@ -62,8 +62,9 @@ def test_how_an_agent_ended_is_told(provider: SlurmProvider) -> None:
     operator.start_machine()
     ended = _ended(operator)
     assert ended.returncode == 3
-    assert "FAILED" in ended.detail
     assert "NonZeroExitCode" in ended.detail
+    wait_until(lambda: "FAILED" in operator.machines()[0].detail, "the job is complete")
+    assert operator.machines()[0].returncode == 3
     operator.close()
 
 
@@ -80,6 +81,8 @@ def test_what_slurm_prints() -> None:
     number, machine = _parse("12|FAILED|9|JobLaunchFailure|gem1|gemini-a-3|\n")
     detail = "Slurm job 12 FAILED on gem1 (JobLaunchFailure)"
     assert (number, machine) == ("12", Machine("gemini-a-3", MachineState.ENDED, returncode=-9, detail=detail))
+    _, machine = _parse("12|COMPLETING|768|NonZeroExitCode|gem0|gemini-a-3|\n")
+    assert (machine.state, machine.returncode) == (MachineState.ENDED, 3), "its node is being cleaned up"
     for state in ("TIMEOUT", "PREEMPTED", "CANCELLED", "NODE_FAIL", "OUT_OF_MEMORY"):
         _, machine = _parse(f"1|{state}|256|None|gem0|gemini-a-0|\n")
         assert (machine.state, machine.returncode) == (MachineState.ENDED, None), "Slurm ended it, so it is replaced"

@@ -140,6 +140,7 @@ def test_a_pool_gives_the_lowest_free_index_and_says_when_there_is_none(access: 
     operator.start_machine()
     with pytest.raises(OperatorError, match="all 2 machines of the pool are in use"):
         operator.start_machine()
+    until((tmp_path / "0-machine-0").exists)
     operator.destroy_machine(first.name)
     operator.start_machine()
     expected = ["0-machine-0", "0-machine-2", "1-machine-1"]

@@ -202,7 +202,8 @@ class SlurmOperator:
 
 def _parse(line: str) -> tuple[str, Machine]:
     number, state, status, reason, nodes, name = line.rstrip().removesuffix("|").split("|", len(_FIELDS) - 1)
-    code = _returncode(int(status)) if state in _OWN_END and status.isdecimal() else None
+    own_end = state in _OWN_END or reason == "NonZeroExitCode"  # which Slurm tells while the job is COMPLETING, too
+    code = _returncode(int(status)) if own_end and status.isdecimal() else None
     detail = f"Slurm job {number} {state}" + (f" on {nodes}" if nodes else "")
     return number, Machine(name, _state(state), returncode=code, detail=f"{detail} ({reason})")
 

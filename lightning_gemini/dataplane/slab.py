@@ -7,6 +7,7 @@ Layout of a buffer (all words little-endian u64)::
 
     0        header words (see :mod:`~lightning_gemini.dataplane.header`)
     4096     one xxh3-64 checksum a chunk, 4096 slots
+    36864    in a slab's first buffer: the owner's :mod:`~lightning_gemini.dataplane.pace_page`
     65536    the shard's bytes
 
 One process writes a buffer at a time: the worker for its own shard, the agent for a replica. Readers trust nothing but
@@ -26,6 +27,7 @@ from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import header
 from lightning_gemini.dataplane.capacity import require_free
 from lightning_gemini.dataplane.header import CHUNK_SLOTS, BufferState, Record, Word
+from lightning_gemini.dataplane.pace_page import PacePage
 from lightning_gemini.errors import CapacityError, IntegrityError
 
 __all__ = ["CHUNK_SLOTS", "HEADER_BYTES", "Buffer", "BufferState", "Slab", "chunk_bytes_for"]
@@ -33,6 +35,7 @@ __all__ = ["CHUNK_SLOTS", "HEADER_BYTES", "Buffer", "BufferState", "Slab", "chun
 HEADER_BYTES = 64 * 1024
 MIN_CHUNK_BYTES = 1 << 20
 _TABLE_OFFSET = 4096
+_PACE_OFFSET = _TABLE_OFFSET + 8 * CHUNK_SLOTS
 _ACKED = Record(Word.ACKED, 2)
 _COMMITTED = Record(Word.COMMITTED, 2)
 _PROGRESS = Record(Word.PROGRESS, 1), Record(Word.PROGRESS_AGAIN, 1)
@@ -169,6 +172,12 @@ class Buffer:
         """The stored checksum of one chunk."""
         return self._table[index]
 
+    def pace_page(self) -> PacePage:
+        """The page in which the owner says when its bytes may travel; it stays valid when the buffer grows."""
+        if self.fd < 0:
+            return PacePage.private()
+        return PacePage(memoryview(self._mapping)[_PACE_OFFSET:HEADER_BYTES].cast("Q"))
+
     def fits(self, data_bytes: int) -> bool:
         """Whether this process's mapping covers that many bytes."""
         return len(self.data) >= data_bytes
@@ -274,6 +283,8 @@ class Slab:
 
     def __init__(self, first: Buffer, second: Buffer) -> None:
         self.buffers = (first, second)
+        self.pace = first.pace_page()
+        """When the shard's bytes may travel to its holders."""
 
     @classmethod
     def create(cls, owner: int, data_bytes: int) -> Slab:
@@ -335,6 +346,7 @@ class Slab:
 
     def close(self) -> None:
         """Drop this process's hold on the memory."""
+        self.pace.close()
         for buffer in self.buffers:
             buffer.close()
 

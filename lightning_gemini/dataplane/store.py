@@ -128,7 +128,7 @@ class ShardStore:
     # -- what happens to versions ------------------------------------------------------------------------------------
 
     def writer(self, owner: int) -> threading.Lock:
-        """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`."""
+        """See :class:`~lightning_gemini.dataplane.transport.reception.ShardHost`."""
         with self._lock:
             return self._writers[owner]
 
@@ -151,7 +151,7 @@ class ShardStore:
         sender_generation: int,
         kept: VersionId | None = None,
     ) -> Buffer | None:
-        """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`. The buffer is begun."""
+        """See :class:`~lightning_gemini.dataplane.transport.reception.ShardHost`. The buffer is begun."""
         with self._lock:
             self._require_hosted(owner, sender_generation)
             self._require_wanted(owner, version)
@@ -170,7 +170,7 @@ class ShardStore:
             return buffer
 
     def recheck(self, owner: int, version: VersionId) -> bool:
-        """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`."""
+        """See :class:`~lightning_gemini.dataplane.transport.reception.ShardHost`."""
         buffer = self.complete_buffer(owner, version)
         try:
             if buffer is not None:
@@ -210,7 +210,7 @@ class ShardStore:
         return slab
 
     def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
-        """See :class:`~lightning_gemini.dataplane.transport.replica_server.ShardHost`."""
+        """See :class:`~lightning_gemini.dataplane.transport.reception.ShardHost`."""
         slab = self.slab(owner)
         return slab.holding(version) if slab else None
 

@@ -1,0 +1,153 @@
+"""Lets bytes go while training leaves the network alone: GEMINI's Algorithm 2 (SOSP '23), run against the clock."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning_gemini.dataplane.pace_page import Pace, PacePage, Plan
+
+UNLIMITED = sys.maxsize
+_SMALLEST_BYTES = 4096  # less is not worth its startup cost, but for what is left
+_PATIENCE_NS = 1_000_000_000  # with a span that does not change, besides two iterations
+_UNREADABLE_NS = 100_000_000  # a plan is being written for far less
+_FRESH_NS = 5_000_000  # who looked so lately saw the change happen
+_AHEAD_NS = 5_000_000  # how much the kernel may hold of what is on its way, in time on the link
+_LEAST_AHEAD_BYTES = 128 * 1024
+
+
+@dataclass(slots=True)
+class _Turn:
+    """What a link was last allowed, and under which conditions."""
+
+    in_flight_bytes: int = 0
+    conditions: tuple[int, bool, int] = 0, False, 0
+    until_ns: int = 0
+    ahead_bytes: int = UNLIMITED
+
+
+class Pacer:
+    """Says how many bytes of one owner's shard may go now; the links to its holders share what it allows. Thread-safe.
+
+    Args:
+        page: What the worker says.
+        now_ns: The monotonic clock of the page.
+    """
+
+    def __init__(self, page: PacePage, now_ns: Callable[[], int] | None = None) -> None:
+        self.page = page
+        self._now_ns = now_ns or (lambda: time.monotonic_ns())
+        self._lock = threading.Lock()
+        self._turns: dict[int, _Turn] = {}
+        self._word = -1
+        self._changed_ns = self._seen_ns = 0
+        self._looked_ns = -(10**18)
+        self._served = False
+        self._plan: Plan | None = None
+        self._grace_ns = _PATIENCE_NS
+        self._unreadable_since_ns: int | None = None
+
+    def allowance(self, left_bytes: int, in_flight_bytes: int, link: int = 0) -> int:
+        """How many of ``left_bytes`` may go now; 0: ask again soon.
+
+        Args:
+            left_bytes: What could be sent now.
+            in_flight_bytes: What this link sent and has not been acknowledged.
+            link: Which of the owner's links asks, by its machine.
+        """
+        if left_bytes <= 0:
+            return 0
+        with self._lock:
+            turn = self._turns.setdefault(link, _Turn())
+            turn.in_flight_bytes = 0
+            others = sum(other.in_flight_bytes for other in self._turns.values())
+            size = min(left_bytes, self._room(turn, left_bytes, in_flight_bytes + others))
+            turn.in_flight_bytes = in_flight_bytes + size
+            if size and turn.ahead_bytes != UNLIMITED:
+                self._served = True
+                self.page.note_in_flight(others + in_flight_bytes + size)
+            return size
+
+    def still_allowed(self, link: int = 0) -> bool:
+        """Whether what was allowed last may still go: the span lasts, its usable part too."""
+        with self._lock:
+            turn = self._turns.get(link)
+            page = self.page
+            if turn is None or turn.conditions != (page.pace, page.rushing, page.marks()[0]):
+                return False
+            return turn.ahead_bytes == UNLIMITED or self._now_ns() < turn.until_ns
+
+    def ahead_bytes(self, link: int = 0) -> int:
+        """How much of what was allowed a link may have in flight at once, so that little follows a span's end."""
+        turn = self._turns.get(link)
+        return UNLIMITED if turn is None else turn.ahead_bytes
+
+    def finish(self, link: int = 0) -> None:
+        """A link has nothing in flight any more."""
+        with self._lock:
+            self._turns.pop(link, None)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _room(self, turn: _Turn, left_bytes: int, in_flight_bytes: int) -> int:
+        page, now_ns = self.page, self._now_ns()
+        pace, rushing = page.pace, page.rushing
+        word, began_ns = page.marks()
+        turn.conditions = pace, rushing, word
+        turn.ahead_bytes = UNLIMITED
+        if pace is Pace.FREE or rushing:
+            return left_bytes
+        plan = self._current_plan(now_ns)
+        began_ns = self._watch(now_ns, word, began_ns)
+        if plan is None:
+            return left_bytes if self._unreadable_for(now_ns) > _UNREADABLE_NS else 0
+        if now_ns - self._changed_ns > self._grace_ns:  # training does something else, or nothing
+            return left_bytes
+        if not word & 1 or not began_ns:
+            return 0
+        index = word >> 1 & 0x7FFFFFFF
+        usable_ns = plan.usable_ns[index] if index < len(plan.usable_ns) else 0
+        turn.until_ns = min(began_ns, now_ns) + usable_ns  # no clock is ahead of itself: a damaged one gains nothing
+        turn.ahead_bytes = max(_LEAST_AHEAD_BYTES, plan.bandwidth_bytes_per_s * _AHEAD_NS // 10**9)
+        return self._piece(plan, turn.until_ns - now_ns, left_bytes, in_flight_bytes)
+
+    def _piece(self, plan: Plan, left_ns: int, left_bytes: int, in_flight_bytes: int) -> int:
+        """Algorithm 2's inner loop: the piece that fits in what is left of the span."""
+        fits = (left_ns - plan.startup_ns) * plan.bandwidth_bytes_per_s // 10**9 - in_flight_bytes
+        if plan.one_chunk:
+            size = 0 if self._served else min(left_bytes, fits)
+        else:
+            size = min(left_bytes, fits, plan.chunk_bytes)
+            alone = plan.window_bytes < 2 * plan.chunk_bytes  # a single buffer: it must be empty
+            if in_flight_bytes + size > plan.window_bytes or (alone and in_flight_bytes):
+                return 0
+        return size if size >= min(left_bytes, _SMALLEST_BYTES, plan.chunk_bytes) else 0
+
+    def _watch(self, now_ns: int, word: int, began_ns: int) -> int:
+        """Notes whether the span changed; returns when it began, 0 where nobody can know."""
+        away_ns = now_ns - self._looked_ns
+        self._looked_ns = now_ns
+        if word != self._word:
+            self._word, self._served, self._changed_ns = word, False, now_ns
+            self._seen_ns = now_ns if away_ns <= _FRESH_NS else 0
+        elif away_ns > _PATIENCE_NS:
+            self._changed_ns = now_ns  # who knows what happened meanwhile
+        return began_ns or self._seen_ns
+
+    def _current_plan(self, now_ns: int) -> Plan | None:
+        """The plan; for a moment, while the next one is written, the last one."""
+        found = self.page.plan()
+        if found is None:
+            return self._plan if self._unreadable_for(now_ns) <= _UNREADABLE_NS else None
+        self._unreadable_since_ns = None
+        if found is not self._plan:
+            self._plan, self._grace_ns = found, _PATIENCE_NS + 2 * max(found.iteration_ns, sum(found.usable_ns))
+        return found
+
+    def _unreadable_for(self, now_ns: int) -> int:
+        if self._unreadable_since_ns is None:
+            self._unreadable_since_ns = now_ns
+        return now_ns - self._unreadable_since_ns

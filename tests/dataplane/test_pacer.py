@@ -1,0 +1,327 @@
+"""The pacer on a virtual clock, with a link that carries what the plan says.
+
+Nothing outlasts its span, nothing waits for ever, and what a span carries is what Algorithm 2 puts into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gemini.core.schedule import schedule_chunks
+from lightning_gemini.dataplane.pace_page import Pace, PacePage
+from lightning_gemini.dataplane.pacer import UNLIMITED, Pacer
+
+MS = 1_000_000
+POLL_NS = MS // 2
+RATE = 100_000_000  # bytes/s: 100 bytes a microsecond
+ALL = 10**9
+
+
+@dataclass
+class World:
+    """A clock, a page and a link of exactly the planned speed."""
+
+    page: PacePage = field(default_factory=PacePage.private)
+    now_ns: int = 10**12
+    sent: int = 0
+    busy_until_ns: int = 0
+
+    def __post_init__(self) -> None:
+        self.pacer = Pacer(self.page, lambda: self.now_ns)
+
+    def plan(self, *usable_ms: float, chunk: int = 10**6, window: int = 4 * 10**6, **fields: float | bool) -> None:
+        given = {"bandwidth_bytes_per_s": RATE, "startup_s": 0.0, **fields}
+        usable_s = [length / 1000 for length in usable_ms]
+        self.page.set_plan(usable_s, chunk_bytes=chunk, window_bytes=window, **given)  # type: ignore[arg-type]
+        self.page.set_pace(Pace.PACED)
+
+    def open(self, index: int) -> None:
+        self.page.open_span(index)
+        self.page.span_words[1] = self.now_ns  # not the real clock's time
+
+    def in_flight(self) -> int:
+        return max(0, self.busy_until_ns - self.now_ns) * RATE // 10**9
+
+    def ask(self, left: int = ALL, in_flight: int = 0, link: int = 0) -> int:
+        return self.pacer.allowance(left, in_flight, link)
+
+    def pass_ms(self, duration: float) -> None:
+        self.now_ns += int(duration * MS)
+
+    def send_for(self, duration_ns: int, left: int) -> int:
+        """What goes in this time, asked for as a sender does."""
+        end_ns, sent = self.now_ns + duration_ns, 0
+        while self.now_ns < end_ns:
+            while size := self.ask(left - sent, self.in_flight()):
+                self.busy_until_ns = max(self.busy_until_ns, self.now_ns) + size * 10**9 // RATE
+                sent += size
+            self.now_ns += min(POLL_NS, end_ns - self.now_ns)
+        return sent
+
+    def polls(self, duration_ms: float) -> Iterator[None]:
+        for _ in range(int(duration_ms * MS) // POLL_NS):
+            self.now_ns += POLL_NS
+            yield
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+# -- when everything goes at once --------------------------------------------------------------------------------------
+
+
+def test_without_a_word_of_the_worker_everything_goes(world: World) -> None:
+    assert world.ask() == ALL
+    assert world.pacer.ahead_bytes() == UNLIMITED
+    assert world.pacer.still_allowed()
+
+
+def test_a_rush_lets_everything_go_whatever_the_span(world: World) -> None:
+    world.plan(5.0)
+    assert world.ask() == 0
+    world.page.rush(True)
+    assert world.ask() == ALL
+    assert world.pacer.still_allowed()
+    world.page.rush(False)
+    assert not world.pacer.still_allowed()
+    assert world.ask() == 0
+
+
+def test_nothing_is_left_nothing_is_allowed(world: World) -> None:
+    assert (world.ask(0), world.ask(-5)) == (0, 0)
+
+
+# -- spans -------------------------------------------------------------------------------------------------------------
+
+
+def test_only_an_open_span_carries_anything_and_only_for_its_usable_length(world: World) -> None:
+    world.plan(2.0)
+    assert world.ask() == 0
+    world.open(0)
+    assert world.ask() == 2 * MS * RATE // 10**9
+    assert world.pacer.still_allowed()
+    world.page.close_span()
+    assert not world.pacer.still_allowed()
+    assert world.ask() == 0
+    world.open(0)
+    world.pass_ms(1.5)
+    assert world.ask() == MS // 2 * RATE // 10**9
+    world.pass_ms(0.5)
+    assert not world.pacer.still_allowed()
+    assert world.ask() == 0
+
+
+def test_startup_and_what_is_on_its_way_take_their_time(world: World) -> None:
+    world.plan(2.0, startup_s=0.0005)
+    world.open(0)
+    assert world.ask() == 150_000
+    assert world.ask(in_flight=100_000) == 50_000
+    assert world.ask(in_flight=150_000) == 0
+
+
+def test_a_span_beyond_the_plan_has_no_length(world: World) -> None:
+    world.plan(2.0)
+    world.open(1)
+    assert world.ask() == 0
+
+
+def test_pieces_are_chunks_and_the_window_bounds_them(world: World) -> None:
+    world.plan(1000.0, chunk=300, window=1000)
+    world.open(0)
+    assert [world.ask(in_flight=flying) for flying in (0, 300, 600, 700, 701, 900)] == [300, 300, 300, 300, 0, 0]
+    assert world.ask(left=50, in_flight=900) == 50
+
+
+def test_a_single_buffer_must_be_empty_before_the_next_piece(world: World) -> None:
+    world.plan(1000.0, chunk=1000, window=1000)
+    world.open(0)
+    assert world.ask() == 1000
+    assert world.ask(left=1, in_flight=1) == 0
+    assert world.ask(left=1) == 1
+
+
+def test_crumbs_wait_for_a_better_span(world: World) -> None:
+    world.plan(0.05)  # 5000 bytes
+    world.open(0)
+    assert world.ask(in_flight=500) == 4500
+    assert world.ask(in_flight=1000) == 0
+    assert world.ask(left=100, in_flight=1000) == 100  # but for the last ones
+
+
+def test_one_chunk_a_span_as_large_as_fits(world: World) -> None:
+    world.plan(20.0, 10.0, chunk=100, window=100, one_chunk=True)
+    for index, expected in ((0, 2_000_000), (1, 1_000_000), (0, 2_000_000)):
+        world.open(index)
+        assert world.ask() == expected
+        assert world.ask() == 0
+        world.pass_ms(20.0)
+        world.page.close_span()
+        assert world.ask() == 0
+    assert world.page.take_peak() == 2_000_000
+
+
+def test_links_of_an_owner_share_what_it_may_send(world: World) -> None:
+    world.plan(2.0)
+    world.open(0)
+    assert world.ask(left=50_000, link=1) == 50_000
+    assert world.ask(link=2) == 150_000
+    assert world.ask(left=10_000, in_flight=50_000, link=1) == 0
+    assert world.page.take_peak() == 200_000
+    world.pacer.finish(2)
+    assert world.ask(left=10_000, in_flight=50_000, link=1) == 10_000
+    world.pacer.finish(1)
+    assert world.ask(link=2) == 200_000
+
+
+def test_little_runs_ahead_of_the_link(world: World) -> None:
+    world.plan(1000.0, chunk=10**8, window=10**8)
+    world.open(0)
+    assert world.ask() == 10**8
+    assert world.pacer.ahead_bytes() == 5 * RATE // 1000
+
+
+# -- a device that says where training is, but not since when ----------------------------------------------------------
+
+
+def device_opens(world: World, index: int) -> None:
+    world.page.span_words[1] = 0
+    world.page.span_words[0] = PacePage.encode_span(index, True)
+
+
+def test_who_watches_knows_when_a_span_began(world: World) -> None:
+    world.plan(2.0, 2.0)
+    assert world.ask() == 0
+    world.pass_ms(0.5)
+    device_opens(world, 1)
+    assert world.ask() == 200_000
+    world.pass_ms(0.5)
+    assert world.ask() == 150_000
+
+
+def test_a_span_that_nobody_saw_beginning_is_not_used(world: World) -> None:
+    world.plan(2.0, 2.0)
+    device_opens(world, 1)
+    for _ in world.polls(5.0):
+        assert world.ask() == 0
+    device_opens(world, 0)
+    assert world.ask() == 200_000
+
+
+# -- what cannot be trusted --------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_died_in_a_span_or_outside_holds_nothing_for_ever(world: World) -> None:
+    for is_open in (True, False):
+        world.plan(2.0, iteration_s=0.5)
+        world.open(0)
+        if not is_open:
+            world.page.close_span()
+        waited = [world.ask() for _ in world.polls(2100.0)]
+        assert waited[-1] == ALL
+        assert not any(waited[int(2.0 * MS) // POLL_NS + 1 : int(1990 * MS) // POLL_NS])
+
+
+def test_a_sender_that_did_not_look_for_long_is_patient_again(world: World) -> None:
+    world.plan(2.0)
+    world.open(0)
+    assert world.ask()
+    world.pass_ms(60_000)
+    assert world.ask() == 0
+
+
+def test_no_plan_is_waited_for_a_moment_only(world: World) -> None:
+    world.page.set_pace(Pace.PACED)
+    world.open(0)
+    assert world.ask() == 0
+    world.pass_ms(101)
+    assert world.ask() == ALL
+
+
+def test_while_a_plan_is_written_the_last_one_counts(world: World) -> None:
+    world.plan(2.0)
+    world.open(0)
+    assert world.ask() == 200_000
+    sequence = world.page.words[16]
+    world.page.words[16] = sequence + 1
+    world.page.words[24] = 0
+    assert world.ask() == 200_000
+    world.plan(1.0)
+    assert world.ask() == 100_000
+    world.page.words[16] += 1  # and this one is never finished
+    world.page.words[24] = 0
+    assert world.ask() == 100_000
+    world.pass_ms(101)
+    assert world.ask() == ALL
+
+
+def test_a_time_that_is_still_to_come_gains_nothing(world: World) -> None:
+    world.plan(2.0)
+    world.open(0)
+    world.page.span_words[1] = 2**63
+    assert world.ask() == 200_000
+
+
+@given(place=st.integers(0, 8 * 4 - 1), bit=st.integers(0, 7), is_open=st.booleans())
+def test_a_flipped_bit_delays_by_the_grace_at_most(place: int, bit: int, is_open: bool) -> None:
+    world = World()
+    world.plan(2.0)
+    world.open(0)
+    if not is_open:
+        world.page.close_span()
+    world.page._bytes[place] ^= 1 << bit
+    assert any(world.ask() for _ in world.polls(1100.0))
+
+
+# -- against the schedule ----------------------------------------------------------------------------------------------
+
+spans_ms = st.lists(st.integers(0, 60), min_size=1, max_size=8)
+
+
+@given(
+    idle_ms=spans_ms,
+    busy_ms=st.integers(1, 20),
+    checkpoint=st.integers(1, 20_000_000),
+    chunk=st.integers(20_000, 2_000_000),
+    sub_buffers=st.integers(1, 4),
+)
+def test_a_span_carries_what_algorithm_2_puts_into_it(
+    idle_ms: list[int], busy_ms: int, checkpoint: int, chunk: int, sub_buffers: int
+) -> None:
+    """To a chunk, and to what the link could carry between two looks at the page."""
+    safety, left = 0.8, checkpoint
+    expected = schedule_chunks(
+        [length / 1000 for length in idle_ms],
+        checkpoint,
+        replicas=2,
+        bandwidth_bytes_per_s=RATE,
+        startup_s=0.0,
+        buffer_bytes=chunk * sub_buffers,
+        sub_buffers=sub_buffers,
+        safety=safety,
+    )
+    world, carried = World(), []
+    world.plan(*(safety * length for length in idle_ms), chunk=chunk, window=chunk * sub_buffers)
+    for index, length in enumerate(idle_ms):
+        world.open(index)
+        end_ns = world.now_ns + int(safety * length * MS)
+        carried.append(world.send_for(length * MS, left))
+        left -= carried[-1]
+        assert world.busy_until_ns <= max(end_ns, world.now_ns - length * MS)  # the link is free again in time
+        world.page.close_span()
+        assert world.send_for(busy_ms * MS, left) == 0
+    if sub_buffers > 1 and expected.overrun_s == 0:
+        scheduled = [sum(piece.size_bytes for piece in span) for span in expected.spans]
+        slack = chunk + 2 * POLL_NS * RATE // 10**9 + 4096
+        behind = 0
+        for index, (sent, meant) in enumerate(zip(carried, scheduled, strict=True)):
+            behind += meant - sent
+            assert abs(behind) <= slack * (index + 1), (carried, scheduled)
+    world.page.rush(True)
+    assert world.ask(left) == left  # and what is left goes at the end

@@ -6,6 +6,7 @@ dead, which generation it is) is :mod:`lightning_gemini.controlplane.worker_agen
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_gemini.controlplane.control_socket import ControlSocket, Reply, WorkerSession
+from lightning_gemini.controlplane.link_survey import LinkSurvey
+from lightning_gemini.controlplane.receptions import Receptions
 from lightning_gemini.core.fields import strings
 from lightning_gemini.core.recovery import (
     Fetch,
@@ -75,6 +78,8 @@ class MachineAgent:
         self._secret = settings.secret
         self._server = ReplicaServer(settings.bind_host, settings.job, settings.secret, self._store)
         self._replicator = Replicator(self._store, self._connect)
+        self._survey = LinkSurvey(self._connect)
+        self._receptions = Receptions(self._store)
         self._peers: dict[int, Peer] = {}
         self._control = ControlSocket(settings.socket_path, self._handle, self._worker_left)
         self._workers: dict[int, int] = {}  # global rank -> pid
@@ -149,6 +154,7 @@ class MachineAgent:
         self._end_transfers()
         for rank in self._store.own_ranks():
             self._store.abandon_unfinished(rank)
+            self._set_free(rank)
             slab = self._store.slab(rank)
             for buffer in slab.buffers if slab else ():
                 buffer.forget_peers()
@@ -156,12 +162,19 @@ class MachineAgent:
         self._peers = {rank: Peer(rank, (host, port)) for rank, (host, port) in enumerate(addresses) if rank != me}
         self._replicator.start(list(self._peers.values()))
 
+    def _set_free(self, rank: int) -> None:
+        """Nobody is left who says when this rank's shards may travel."""
+        slab = self._store.slab(rank)
+        if slab is not None:
+            slab.pace.reset()
+
     def _end_transfers(self) -> None:
         """What older generations still send or retrieve must not land in memory after the next report."""
         retrieval = self._retrieval
         if retrieval is not None:
             retrieval.abort()
         self._server.disconnect()
+        self._receptions.give_up()
         if not self._store.wait_for_writers(_FENCE_TIMEOUT_S):
             log.error("a transfer of an older generation did not end within %.0f s", _FENCE_TIMEOUT_S)
 
@@ -249,8 +262,10 @@ class MachineAgent:
         return reply
 
     def _worker_left(self, session: WorkerSession) -> None:
+        self._receptions.end(session)
         if session.rank is not None and self._workers.get(session.rank) == session.pid:
             del self._workers[session.rank]
+            self._set_free(session.rank)
             self._store.abandon_unfinished(session.rank)
 
     def _on_hello(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
@@ -317,6 +332,25 @@ class MachineAgent:
 
     def _on_discard(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
         self._store.discard(_joined(session), version_from_json(request["id"]))
+        return {}, ()
+
+    def _on_measure_links(self, _: WorkerSession, request: dict[str, Any]) -> Reply:
+        placement = self._store.placement
+        holders = placement.holders(self.settings.machine)[1:] if placement else ()
+        peers = [self._peers[machine] for machine in holders if machine in self._peers]
+        found = self._survey.measure(peers, again=bool(request["again"]))
+        return {"links": [[machine, *dataclasses.astuple(link)] for machine, link in found.items()]}, ()
+
+    def _on_replica_begin(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
+        return self._receptions.begin(session, request)
+
+    def _on_replica_end(self, session: WorkerSession, _: dict[str, Any]) -> Reply:
+        self._receptions.end(session)
+        return {}, ()
+
+    def _on_note_held(self, _: WorkerSession, request: dict[str, Any]) -> Reply:
+        version, generation = version_from_json(request["id"]), int(request["generation"])
+        self._replicator.note_held(int(request["owner"]), int(request["machine"]), version, generation)
         return {}, ()
 
     def _on_notify(self, *_: Any) -> Reply:

@@ -12,9 +12,14 @@ from typing import Any
 import lightning_gemini.errors as errors
 from lightning_gemini.controlplane.messages import receive_message, send_message
 from lightning_gemini.core.recovery import Fetch, VersionId, fetch_to_json, version_to_json
+from lightning_gemini.dataplane.link_speed import LinkSpeed
 from lightning_gemini.dataplane.slab import Buffer, Slab
 from lightning_gemini.errors import AgentError, GeminiError
 from lightning_gemini.version import __version__
+
+_MEASURE_TIMEOUT_S = 60.0
+_NEW_MEMORY_BYTES_PER_S = 100e6
+"""How fast, at the least, an agent makes or reads the memory of a replica."""
 
 
 class AgentClient:
@@ -30,7 +35,7 @@ class AgentClient:
     """
 
     def __init__(self, socket_path: Path, job: str, timeout_s: float = 10.0) -> None:
-        self.socket_path = socket_path
+        self.socket_path, self.job = socket_path, job
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -45,6 +50,14 @@ class AgentClient:
         except BaseException:
             self._sock.close()
             raise
+
+    def another(self) -> AgentClient:
+        """A second connection to the same agent: what one waits for does not hold up the other.
+
+        Raises:
+            AgentError: The agent is gone.
+        """
+        return AgentClient(self.socket_path, self.job, self._timeout_s)
 
     def close(self) -> None:
         """Hang up; idempotent."""
@@ -105,6 +118,18 @@ class AgentClient:
         reply, _ = self._exchange(message, timeout_s)
         return int(reply["bytes"]), float(reply["seconds"])
 
+    def measure_links(self, *, again: bool = False) -> dict[int, LinkSpeed]:
+        """Have the agent measure the links to the machines that hold this one's shards, all at the same time.
+
+        Args:
+            again: Whether also those that the agent has measured already.
+
+        Returns:
+            The links that could be measured, by machine rank; ranks share those of their machine.
+        """
+        reply, _ = self._exchange({"request": "measure_links", "again": again}, _MEASURE_TIMEOUT_S)
+        return {int(machine): LinkSpeed(float(rate), float(startup)) for machine, rate, startup in reply["links"]}
+
     def resume_from(self, version: VersionId | None) -> None:
         """All ranks go on from this version."""
         self._request("resume_from", id=None if version is None else version_to_json(version))
@@ -112,6 +137,39 @@ class AgentClient:
     def discard(self, version: VersionId) -> None:
         """This rank's own copy of ``version`` is corrupt."""
         self._request("discard", id=version_to_json(version))
+
+    # -- workers that replicate by themselves (transport p2p) -----------------------------------------------------
+
+    def replica_begin(
+        self, owner: int, version: VersionId, data_bytes: int, sender_generation: int, kept: VersionId | None
+    ) -> int | None:
+        """Ask for the buffer of a peer's shard, to write it; it stays this connection's until :meth:`replica_end`.
+
+        Returns:
+            A new file descriptor of its memory, begun; ``None`` if the version is complete there already.
+
+        Raises:
+            GeminiError: The version is not wanted, or somebody else writes this owner's shard.
+        """
+        message = {
+            "request": "replica_begin",
+            "owner": owner,
+            "id": version_to_json(version),
+            "bytes": data_bytes,
+            "generation": sender_generation,
+            "kept": None if kept is None else version_to_json(kept),
+        }
+        reply, descriptors = self._exchange(message, self._timeout_s + data_bytes / _NEW_MEMORY_BYTES_PER_S)
+        return None if reply["have"] else descriptors[0]
+
+    def replica_end(self) -> None:
+        """This process writes that buffer no more; what is not complete is dropped."""
+        self._request("replica_end")
+
+    def note_held(self, owner: int, machine: int, version: VersionId, generation: int) -> None:
+        """``machine`` has this version of the shard completely: this worker, of that generation, sent it."""
+        named = version_to_json(version)
+        self._request("note_held", owner=owner, machine=machine, id=named, generation=generation)
 
     def notify(self) -> None:
         """A version was begun or completed; does not wait for an answer."""

@@ -1,4 +1,4 @@
-"""Keeps the peers that hold this machine's shards up to date: one thread a peer, always the newest version."""
+"""Keeps the peers that hold this machine's shards up to date: a thread for each of both, always the newest version."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane.pace_page import PacePage
+from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.slab import Buffer, BufferState
 from lightning_gemini.dataplane.store import ShardStore
 from lightning_gemini.dataplane.transport import Peer, ReplicaTransport
@@ -35,6 +37,7 @@ class Replicator:
         self._peers: list[Peer] = []
         self._links: list[_Link] = []
         self._held: dict[tuple[int, int], VersionId] = {}  # (owner, machine) -> newest version seen complete there
+        self._pacers: dict[int, Pacer] = {}  # by owner, whose links to all holders share what it allows
         self._checked: dict[int, VersionId] = {}  # owner -> version whose own copy was read again after a failure
 
     def start(self, peers: Sequence[Peer]) -> None:
@@ -43,6 +46,7 @@ class Replicator:
             self._epoch += 1
             self._held.clear()
             self._checked.clear()
+            self._pacers.clear()
             self._announce()
             for link in self._links:
                 link.abort()
@@ -60,19 +64,31 @@ class Replicator:
             self._announce()
             self._acknowledge()
 
-    def _open_links(self) -> None:
-        """Starts a thread for every peer that holds shards of this machine, and for no other: a job has many machines.
+    def note_held(self, owner: int, machine: int, version: VersionId, generation: int) -> None:
+        """A worker sent a version by itself: ``machine`` has it, as of a generation, and whatever older ones said."""
+        with self._wake:
+            if generation == self._store.generation:
+                self._held[owner, machine] = version
+                self._acknowledge()
 
-        Who that is may not be known when the peers are: the first worker that joins says so.
+    def _open_links(self) -> None:
+        """Starts a thread for every own shard and peer that holds it, and for no other: a job has many machines.
+
+        Who that is may not be known when the peers are: the first worker that joins says so. Each shard has a
+        connection of its own, as ranks that took turns on one would miss each other's idle spans.
         """
-        linked = {link.peer.machine for link in self._links}
-        holders = set(self._holders()) - linked if len(linked) < len(self._peers) else ()
+        linked = {(link.owner, link.peer.machine) for link in self._links}
+        holders = self._holders() if self._peers else ()
         for peer in self._peers if holders else ():
-            if peer.machine in holders:
-                link = _Link(peer, self._connect)
-                self._links.append(link)
-                name = f"replicate-{peer.machine}"
-                threading.Thread(target=self._run, args=(link, self._epoch), name=name, daemon=True).start()
+            for owner in self._store.own_ranks() if peer.machine in holders else ():
+                if (owner, peer.machine) not in linked:
+                    self._open_link(owner, peer)
+
+    def _open_link(self, owner: int, peer: Peer) -> None:
+        link = _Link(owner, peer, self._connect)
+        self._links.append(link)
+        name = f"replicate-{peer.machine}"
+        threading.Thread(target=self._run, args=(link, self._epoch), name=name, daemon=True).start()
 
     def _announce(self) -> None:
         self._news += 1
@@ -91,7 +107,7 @@ class Replicator:
         """Send one thing that the peer lacks; returns how long to wait for news before the next look."""
         buffer: Buffer | None = None
         try:
-            buffer = self._next_for(link.peer)
+            buffer = self._next_for(link)
             if buffer is None:
                 with self._wake:
                     self._acknowledge()  # again, should memory have lost what was noted
@@ -119,9 +135,12 @@ class Replicator:
         if version is None:
             return
         kept = self._kept_beside(buffer.owner, version)
-        wanted = link.transport().push(
-            buffer, version, lambda: self._epoch == epoch and buffer.state is not BufferState.EMPTY, kept
-        )
+        pacer = self._pacer(buffer.owner)
+
+        def still_wanted() -> bool:
+            return self._epoch == epoch and buffer.state is not BufferState.EMPTY and not pacer.page.held
+
+        wanted = link.transport().push(buffer, version, still_wanted, kept, pacer)
         with self._wake:
             if wanted and self._epoch == epoch:  # else another machine may have this rank by now
                 self._held[buffer.owner, link.peer.machine] = version
@@ -136,17 +155,24 @@ class Replicator:
         known = [slab.committed] if slab.committed else complete
         return max((other for other in known if other is not None and other < version), default=None)
 
-    def _next_for(self, peer: Peer) -> Buffer | None:
-        """The first own shard whose newest version this peer should hold and does not."""
-        for owner in self._store.own_ranks():
-            slab = self._store.slab(owner)
-            buffer = slab.newest_started() if slab else None
-            if buffer is None or peer.machine not in self._holders():
-                continue
-            version = buffer.id
-            if version is not None and self._held.get((owner, peer.machine)) != version:
-                return buffer
-        return None
+    def _pacer(self, owner: int) -> Pacer:
+        slab = self._store.slab(owner)
+        page = slab.pace if slab is not None else PacePage.private()
+        with self._wake:
+            pacer = self._pacers.get(owner)
+            if pacer is None or pacer.page is not page:
+                pacer = self._pacers[owner] = Pacer(page)
+            return pacer
+
+    def _next_for(self, link: _Link) -> Buffer | None:
+        """The newest version of the link's shard, if its peer should hold it and does not; unless the worker sends."""
+        slab = self._store.slab(link.owner)
+        buffer = slab.newest_started() if slab else None
+        if slab is None or buffer is None or slab.pace.held or link.peer.machine not in self._holders():
+            return None
+        version = buffer.id
+        lacking = version is not None and self._held.get((link.owner, link.peer.machine)) != version
+        return buffer if lacking else None
 
     def _holders(self) -> tuple[int, ...]:
         placement = self._store.placement
@@ -169,10 +195,10 @@ class Replicator:
 
 
 class _Link:
-    """The way to one peer, and how it fares."""
+    """The way of one shard to one peer, and how it fares."""
 
-    def __init__(self, peer: Peer, connect: Callable[[Peer], ReplicaTransport]) -> None:
-        self.peer, self._connect = peer, connect
+    def __init__(self, owner: int, peer: Peer, connect: Callable[[Peer], ReplicaTransport]) -> None:
+        self.owner, self.peer, self._connect = owner, peer, connect
         self._transport: ReplicaTransport | None = None
         self._failing_since: float | None = None
         self._warned = False

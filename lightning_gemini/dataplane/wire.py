@@ -20,17 +20,20 @@ import xxhash
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.errors import AuthenticationError, ProtocolError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_CHUNK_BYTES = 1 << 30
 MAX_SHARD_BYTES = 1 << 42  # in chunks of MAX_CHUNK_BYTES it fills a buffer's checksum table
 MAX_REASON_BYTES = 4096
+MAX_PROBE_BYTES = 1 << 26
 HANDSHAKE_TIMEOUT_S = 5.0
+DEAD_AFTER_S = 19  # of silence of a peer's kernel
+_PROBES, _BETWEEN_PROBES_S = 3, 3
 _MAGIC = b"LGGEMINI"
 _HELLO = struct.Struct("<8sHI16s32s")
 _PROOF = struct.Struct("<32s32s")
 _FRAME = struct.Struct("<4sBxxxIQQQQIQQQQ")
 _FRAME_CHECKSUM = struct.Struct("<Q")
-_FRAME_BYTES = _FRAME.size + _FRAME_CHECKSUM.size
+FRAME_BYTES = _FRAME.size + _FRAME_CHECKSUM.size
 _FRAME_MAGIC = b"LGFR"
 _NO_VERSION = VersionId(0, 0)
 _NOTHING_KEPT = 2**64 - 1
@@ -48,6 +51,10 @@ class Kind(enum.IntEnum):
     HAVE = 7  # receiver: already complete here
     ACK = 8  # receiver: complete and verified
     REFUSE = 9  # either: no; payload is the reason in UTF-8
+    PROBE = 10  # sender: measures the link with a payload that nobody keeps; answered with ACK
+
+
+_LIMITS = {Kind.CHUNK: MAX_CHUNK_BYTES, Kind.PROBE: MAX_PROBE_BYTES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +97,13 @@ class Frame:
 
 def send(sock: socket.socket, frame: Frame, payload: memoryview | bytes = b"") -> None:
     """Send one frame and its payload without copying the payload."""
-    header = frame.pack()
-    if not payload:
-        sock.sendall(header)
+    send_all(sock, frame.pack(), payload)
+
+
+def send_all(sock: socket.socket, header: bytes, payload: memoryview | bytes) -> None:
+    """Send two pieces behind each other, either of which may be empty, without copying the second one."""
+    if not header or not payload:
+        sock.sendall(header or payload)
         return
     sent = sock.sendmsg([header, payload])
     if sent < len(header):
@@ -108,8 +119,17 @@ def receive(sock: socket.socket) -> Frame:
         ProtocolError: The bytes are no frame, or a damaged one, or a length is beyond its cap.
         EOFError: The peer closed the connection between two frames.
     """
-    raw = bytearray(_FRAME_BYTES)
+    raw = bytearray(FRAME_BYTES)
     receive_into(sock, memoryview(raw), eof_ok=True)
+    return unpack(raw)
+
+
+def unpack(raw: bytes | bytearray) -> Frame:
+    """The frame that :meth:`Frame.pack` made these bytes of.
+
+    Raises:
+        ProtocolError: The bytes are no frame, or a damaged one, or a length is beyond its cap.
+    """
     fields = _FRAME.unpack_from(raw)
     magic, kind, owner, generation, version, size, chunk_bytes, length, checksum, sender, *kept = fields
     if magic != _FRAME_MAGIC:
@@ -121,8 +141,7 @@ def receive(sock: socket.socket) -> Frame:
     named = VersionId(generation, version)
     kept_id = None if kept[1] == _NOTHING_KEPT else VersionId(*kept)
     frame = Frame(Kind(kind), owner, named, size, chunk_bytes, length, checksum, sender, kept_id)
-    limit = MAX_CHUNK_BYTES if frame.kind is Kind.CHUNK else MAX_REASON_BYTES
-    if length > limit or size > MAX_SHARD_BYTES or chunk_bytes > MAX_CHUNK_BYTES:
+    if length > _LIMITS.get(frame.kind, MAX_REASON_BYTES) or size > MAX_SHARD_BYTES or chunk_bytes > MAX_CHUNK_BYTES:
         raise ProtocolError(f"the peer announced {length} bytes in a {frame.kind.name} frame, more than is allowed")
     return frame
 
@@ -196,6 +215,8 @@ def connect(address: tuple[str, int], job: str, secret: bytes, machine: int, *, 
 def accept(sock: socket.socket, job: str, secret: bytes, *, timeout_s: float | None) -> int:
     """Authenticate a connection that another agent opened; returns its machine rank.
 
+    From then on the connection breaks when the peer's machine vanishes, however long nobody has anything to say.
+
     Raises:
         AuthenticationError: The peer does not know the secret, or is of another job or protocol.
     """
@@ -213,8 +234,16 @@ def accept(sock: socket.socket, job: str, secret: bytes, *, timeout_s: float | N
     proof = _read_handshake(sock, 32, peer)
     if not hmac.compare_digest(proof, _proof(secret, b"client", nonce, own_nonce, machine)):
         raise AuthenticationError(f"{peer}: does not know this job's secret")
+    _notice_death(sock)
     sock.settimeout(timeout_s)
     return int(machine)
+
+
+def _notice_death(sock: socket.socket) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_AFTER_S - _PROBES * _BETWEEN_PROBES_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _BETWEEN_PROBES_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
 
 
 def _read_handshake(sock: socket.socket, size: int, peer: object) -> bytes:

@@ -203,14 +203,47 @@ def test_random_bytes_from_strangers_harm_nobody(holder: Machine, seed: int, cap
     assert len(refusals) == 1  # a port scanner does not fill the log
 
 
-def test_a_sender_that_falls_silent_is_given_up(
+def test_a_sender_may_be_silent_for_longer_than_an_answer_may_take(
     holder: Machine, caller: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chunk_stream, "IO_TIMEOUT_S", 0.2)
+    """It may have to wait for its turn on the network, also in the middle of a chunk."""
+    monkeypatch.setattr(chunk_stream, "IO_TIMEOUT_S", 0.05)
     begin(caller)
-    wire.send(caller, *chunk(0))
+    header, content = chunk(0)[0].pack(), chunk(0)[1]
+    caller.sendall(header + content[:1000])
+    caller.settimeout(0.3)
+    with pytest.raises(TimeoutError):
+        caller.recv(1)  # nobody hangs up
+    caller.settimeout(10.0)
+    caller.sendall(content[1000:])
+    for index in (1, 2):
+        wire.send(caller, *chunk(index))
+    wire.send(caller, Frame(Kind.END, OWNER, NEW))
+    assert wire.receive(caller).kind is Kind.ACK
+    assert complete_ids(holder.store.slab(OWNER)) == [NEW, OLD]
+
+
+def test_a_connection_ends_with_the_machine_at_its_other_end(holder: Machine, caller: socket.socket) -> None:
+    """However long it is silent: the kernel asks the other one whether it is still there."""
+    wait_until(lambda: holder.server._connections, "the server knows the connection")
+    (accepted,) = holder.server._connections
+    begin(caller)
+    assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    idle_s, between_s, times = (accepted.getsockopt(socket.IPPROTO_TCP, option) for option in options)
+    assert idle_s + between_s * times == wire.DEAD_AFTER_S
+
+
+def test_a_probe_is_answered_and_leaves_nothing_behind(holder: Machine, caller: socket.socket) -> None:
+    for size in (0, 1, 300_000):
+        wire.send(caller, Frame(Kind.PROBE, length=size), bytes(size))
+        assert wire.receive(caller) == Frame(Kind.ACK, size=size)
+    assert_serves(holder)
+
+
+def test_a_probe_beyond_the_cap_is_refused(holder: Machine, caller: socket.socket) -> None:
+    caller.sendall(Frame(Kind.PROBE, length=wire.MAX_PROBE_BYTES + 1).pack())
     assert_hung_up(caller)
-    assert_nothing_new(holder)
 
 
 def test_idle_and_silent_connections_do_not_keep_others_out(holder: Machine) -> None:

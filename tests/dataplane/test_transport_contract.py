@@ -1,6 +1,6 @@
-"""What every transport keeps to, whatever carries the bytes; run against a real replica server.
+"""What every transport keeps to, whatever carries the bytes; run against a real holder.
 
-A new transport is added to ``TRANSPORTS``, and must pass as it is.
+A new transport gets a rig, see :mod:`tests.dataplane.rigs`, and must pass as it is.
 """
 
 from __future__ import annotations
@@ -9,45 +9,41 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from lightning_gemini.core.recovery import VersionId
-from lightning_gemini.dataplane.slab import HEADER_BYTES, Buffer, BufferState, chunk_bytes_for
-from lightning_gemini.dataplane.transport import Peer, ReplicaTransport, TcpTransport
-from lightning_gemini.errors import IntegrityError
-from tests.dataplane.machines import JOB, SECRET, Machine, complete_ids, content_of, shard_bytes, write_version
+from lightning_gemini.dataplane.slab import Buffer, BufferState, chunk_bytes_for
+from lightning_gemini.dataplane.transport import ReplicaTransport
+from tests.dataplane.machines import Machine, complete_ids, content_of, shard_bytes, write_version
+from tests.dataplane.rigs import RIGS, Rig
 from tests.dataplane.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
-Connect = Callable[[Peer, int, int], ReplicaTransport]  # peer, own machine rank, own generation
-
-TRANSPORTS: dict[str, Connect] = {
-    "tcp": lambda peer, machine, generation: TcpTransport(peer, JOB, SECRET, machine, generation),
-}
 OWNER = 0  # the rank of machine 0, which sends; machine 1 holds its replicas
 CHUNK = chunk_bytes_for(1)
 SIZE = 3 * CHUNK + 1000
 OLD, NEW, NEWER = VersionId(1, 4), VersionId(1, 5), VersionId(1, 6)
 
 
-@pytest.fixture(params=TRANSPORTS, ids=str)
-def connect(request: pytest.FixtureRequest) -> Connect:
-    return TRANSPORTS[request.param]
+@pytest.fixture(params=RIGS, ids=str)
+def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
+    made = RIGS[request.param](tmp_path)
+    yield made
+    made.close()
 
 
 @pytest.fixture
-def holder() -> Iterator[Machine]:
-    with Machine(1) as machine:
-        yield machine
+def holder(rig: Rig) -> Machine:
+    return rig.holder
 
 
 @pytest.fixture
-def transport(connect: Connect, holder: Machine) -> Iterator[ReplicaTransport]:
-    made = connect(holder.peer, 0, 1)
+def transport(rig: Rig) -> Iterator[ReplicaTransport]:
+    made = rig.connect()
     yield made
     made.close()
     made.close()
@@ -101,10 +97,10 @@ def assert_only_the_old_version_is_there(holder: Machine) -> None:
     assert content_of(kept) == shard_bytes(OWNER, OLD, SIZE)
 
 
-def assert_the_next_push_works(transport: ReplicaTransport, buffer: Buffer, holder: Machine) -> None:
+def assert_the_next_push_works(rig: Rig, transport: ReplicaTransport, buffer: Buffer) -> None:
     content = write_version(buffer, NEWER, SIZE)
-    wait_until(lambda: pushed(transport, buffer, NEWER), "the peer takes the next version")
-    kept = holder.store.complete_buffer(OWNER, NEWER)
+    wait_until(lambda: pushed(rig.again(transport), buffer, NEWER), "the peer takes the next version")
+    kept = rig.holder.store.complete_buffer(OWNER, NEWER)
     assert kept is not None
     assert content_of(kept) == content
 
@@ -189,12 +185,12 @@ def half_sent(
 
 
 def test_a_version_whose_writer_died_is_given_up(
-    half_sent: Future[bool], transport: ReplicaTransport, holder: Machine, buffers: Buffers
+    rig: Rig, half_sent: Future[bool], transport: ReplicaTransport, holder: Machine, buffers: Buffers
 ) -> None:
     buffers[1].drop()  # as the agent does for a worker that died
     assert half_sent.result(20.0) is False
     assert_only_the_old_version_is_there(holder)
-    assert_the_next_push_works(transport, buffers[1], holder)
+    assert_the_next_push_works(rig, transport, buffers[1])
 
 
 def test_a_version_that_was_overwritten_on_the_way_is_given_up(
@@ -206,7 +202,7 @@ def test_a_version_that_was_overwritten_on_the_way_is_given_up(
 
 
 def test_a_version_that_is_not_wanted_any_more_is_given_up(
-    transport: ReplicaTransport, holder: Machine, buffers: Buffers, threads: ThreadPoolExecutor
+    rig: Rig, transport: ReplicaTransport, holder: Machine, buffers: Buffers, threads: ThreadPoolExecutor
 ) -> None:
     write_version(buffers[0], OLD, SIZE)
     assert transport.push(buffers[0], OLD, always)
@@ -218,29 +214,29 @@ def test_a_version_that_is_not_wanted_any_more_is_given_up(
     wanted.clear()
     assert pushing.result(20.0) is False
     assert_only_the_old_version_is_there(holder)
-    assert_the_next_push_works(transport, buffers[1], holder)
+    assert_the_next_push_works(rig, transport, buffers[1])
 
 
 def test_a_connection_that_breaks_leaves_the_old_version(
-    half_sent: Future[bool], transport: ReplicaTransport, holder: Machine, buffers: Buffers
+    rig: Rig, half_sent: Future[bool], transport: ReplicaTransport, holder: Machine, buffers: Buffers
 ) -> None:
-    holder.server.disconnect()
+    rig.disconnect()
     buffers[1].seal(SIZE)
     with pytest.raises(OSError):  # noqa: PT011 - any kind
         half_sent.result(20.0)
     assert_only_the_old_version_is_there(holder)
-    assert_the_next_push_works(transport, buffers[1], holder)
+    assert_the_next_push_works(rig, transport, buffers[1])
 
 
 def test_bytes_that_do_not_match_their_checksum_never_count(
-    half_sent: Future[bool], transport: ReplicaTransport, holder: Machine, buffers: Buffers
+    rig: Rig, half_sent: Future[bool], transport: ReplicaTransport, holder: Machine, buffers: Buffers
 ) -> None:
     buffers[1].seal_chunk(2, 1234)
     buffers[1].seal(SIZE)
     with pytest.raises(OSError):  # noqa: PT011 - any kind
         half_sent.result(20.0)
     assert_only_the_old_version_is_there(holder)
-    assert_the_next_push_works(transport, buffers[1], holder)
+    assert_the_next_push_works(rig, transport, buffers[1])
 
 
 def test_a_version_that_the_peer_forgot_meanwhile_never_counts(
@@ -266,13 +262,11 @@ def test_another_thread_can_end_a_push_at_once(
         transport.push(buffers[0], OLD, always)  # and it stays ended
 
 
-@pytest.mark.parametrize("name", TRANSPORTS)
-def test_a_sender_that_is_killed_leaves_the_old_version(name: str, holder: Machine, buffers: Buffers) -> None:
+def test_a_sender_that_is_killed_leaves_the_old_version(rig: Rig, holder: Machine, buffers: Buffers) -> None:
     write_version(buffers[0], OLD, SIZE)
-    transport = TRANSPORTS[name](holder.peer, 0, 1)
+    transport = rig.connect()
     assert transport.push(buffers[0], OLD, always)
-    host, port = holder.server.address
-    arguments = [name, host, str(port), str(OWNER), str(NEW.version), str(SIZE), str(2 * CHUNK)]
+    arguments = [*rig.sender(), str(OWNER), str(NEW.version), str(SIZE), str(2 * CHUNK)]
     sender = subprocess.Popen([sys.executable, "-m", "tests.dataplane.doomed_sender", *arguments], cwd=ROOT)
     try:
         wait_until(lambda: received(holder, NEW) == 2, "half of it arrives")
@@ -280,7 +274,7 @@ def test_a_sender_that_is_killed_leaves_the_old_version(name: str, holder: Machi
         sender.kill()
         assert sender.wait() == -9
     assert_only_the_old_version_is_there(holder)
-    assert_the_next_push_works(transport, buffers[1], holder)
+    assert_the_next_push_works(rig, transport, buffers[1])
     transport.close()
 
 
@@ -302,11 +296,11 @@ def test_what_was_given_up_makes_room_before_the_common_version(
 
 
 def test_two_senders_of_one_shard_do_not_mix(
-    connect: Connect, holder: Machine, buffers: Buffers, half_sent: Future[bool]
+    rig: Rig, holder: Machine, buffers: Buffers, half_sent: Future[bool]
 ) -> None:
     """An owner that restarted, and its older self that is still connected."""
     write_version(buffers[0], NEWER, SIZE)
-    second = connect(holder.peer, 0, 1)
+    second = rig.connect()
     with pytest.raises(OSError, match="still receiving"):
         second.push(buffers[0], NEWER, always)
     second.close()
@@ -320,24 +314,22 @@ def test_two_senders_of_one_shard_do_not_mix(
 
 @pytest.mark.parametrize("generation", [0, 1, 3])
 def test_a_sender_of_another_generation_is_refused(
-    connect: Connect, holder: Machine, buffers: Buffers, generation: int
+    rig: Rig, holder: Machine, buffers: Buffers, generation: int
 ) -> None:
     holder.store.enter_generation(2, 2, 1)
     write_version(buffers[0], NEW, SIZE)
-    transport = connect(holder.peer, 0, generation)
+    transport = rig.connect(generation)
     with pytest.raises(OSError, match=f"machine 1 refused: is in generation 2, the sender in {generation}"):
         transport.push(buffers[0], NEW, always)
     transport.close()
     assert not holder.store.slabs()
 
 
-def test_an_older_version_of_a_sender_in_this_generation_is_taken(
-    connect: Connect, holder: Machine, buffers: Buffers
-) -> None:
+def test_an_older_version_of_a_sender_in_this_generation_is_taken(rig: Rig, holder: Machine, buffers: Buffers) -> None:
     """After a recovery the version that everybody resumed from is replicated again."""
     holder.store.enter_generation(2, 2, 1)
     write_version(buffers[0], NEW, SIZE)
-    transport = connect(holder.peer, 0, 2)
+    transport = rig.connect(2)
     assert transport.push(buffers[0], NEW, always)
     transport.close()
     assert complete_ids(holder.store.slab(OWNER)) == [NEW]
@@ -352,150 +344,12 @@ def test_a_shard_that_is_not_hosted_is_refused(transport: ReplicaTransport, hold
     assert not holder.store.slabs()
 
 
-def test_a_peer_that_is_away_is_an_error_and_its_return_is_noticed(
-    connect: Connect, holder: Machine, buffers: Buffers
-) -> None:
+def test_a_peer_that_is_away_is_an_error(rig: Rig, buffers: Buffers) -> None:
     write_version(buffers[0], NEW, SIZE)
-    gone = Machine(1)
-    away = gone.peer
-    gone.close()
-    transport = connect(away, 0, 1)
+    transport = rig.connect_to_nobody()
     began = time.monotonic()
     for _ in range(2):
         with pytest.raises(OSError):  # noqa: PT011 - any kind
             transport.push(buffers[0], NEW, always)
     assert time.monotonic() - began < 15.0
     transport.close()
-
-
-# -- fetch -------------------------------------------------------------------------------------------------------------
-
-
-def hold(holder: Machine, version: VersionId, size: int = SIZE) -> Buffer:
-    """Let the holder have a version of the owner's shard."""
-    buffer = holder.store.replica_target(OWNER, version, size, holder.store.generation)
-    assert buffer is not None
-    write_version(buffer, version, size)
-    return buffer
-
-
-@pytest.fixture
-def owner() -> Iterator[Machine]:
-    """A machine that lost its memory and gets its shard back."""
-    with Machine(0) as machine:
-        yield machine
-
-
-@pytest.mark.parametrize("size", [0, 1, CHUNK, SIZE])
-def test_a_fetched_shard_is_complete_equal_and_marked(
-    transport: ReplicaTransport, holder: Machine, owner: Machine, size: int
-) -> None:
-    hold(holder, NEW, size)
-    assert transport.fetch(OWNER, NEW, owner.retrieval(OWNER, NEW)) == size
-    back = owner.store.complete_buffer(OWNER, NEW)
-    assert back is not None
-    assert content_of(back) == shard_bytes(OWNER, NEW, size)
-    assert back.retrieved
-
-
-def test_pushes_and_fetches_may_alternate(
-    transport: ReplicaTransport, holder: Machine, owner: Machine, buffers: Buffers
-) -> None:
-    for number in (1, 2, 3):
-        version = VersionId(1, number)
-        write_version(buffers[0], version, SIZE)
-        assert transport.push(buffers[0], version, always)
-        assert transport.fetch(OWNER, version, owner.retrieval(OWNER, version)) == SIZE
-
-
-@pytest.mark.parametrize("wanted", [OLD, VersionId(2, NEW.version)])
-def test_a_version_that_the_peer_has_not_is_refused(
-    transport: ReplicaTransport, holder: Machine, owner: Machine, wanted: VersionId
-) -> None:
-    hold(holder, NEW)
-    with pytest.raises(OSError, match="does not hold"):
-        transport.fetch(OWNER, wanted, owner.retrieval(OWNER, wanted))
-    assert owner.store.slab(OWNER) is None  # not a byte of memory was taken for it
-    assert transport.fetch(OWNER, NEW, owner.retrieval(OWNER, NEW)) == SIZE
-
-
-def test_an_unfinished_version_is_not_given_out(transport: ReplicaTransport, holder: Machine, owner: Machine) -> None:
-    hold(holder, OLD)
-    holder.store.replica_target(OWNER, NEW, SIZE, 1)
-    with pytest.raises(OSError, match="does not hold"):
-        transport.fetch(OWNER, NEW, owner.retrieval(OWNER, NEW))
-
-
-@pytest.mark.parametrize("place", [0, CHUNK + 5, SIZE - 1])
-def test_a_corrupt_copy_is_recognised_and_leaves_nothing_complete(
-    transport: ReplicaTransport, holder: Machine, owner: Machine, place: int
-) -> None:
-    own = owner.store.own(OWNER, SIZE)
-    write_version(own.buffers[0], OLD, SIZE)
-    buffer = hold(holder, NEW)
-    memoryview(buffer._mapping)[HEADER_BYTES + place] ^= 4
-    with pytest.raises(IntegrityError, match=f"chunk {place // CHUNK} of rank 0"):
-        transport.fetch(OWNER, NEW, owner.retrieval(OWNER, NEW))
-    assert complete_ids(own) == [OLD]
-    assert own.buffers[1].id is None
-    hold(holder, NEWER)
-    assert transport.fetch(OWNER, NEWER, owner.retrieval(OWNER, NEWER)) == SIZE
-    own.buffers[0].verify()
-
-
-def test_a_copy_with_a_corrupt_header_is_not_taken(
-    transport: ReplicaTransport, holder: Machine, owner: Machine
-) -> None:
-    buffer = hold(holder, NEW)
-    memoryview(buffer._mapping)[8 * 5 + 1] ^= 1  # the size of the shard
-    with pytest.raises((IntegrityError, OSError)):
-        transport.fetch(OWNER, NEW, owner.retrieval(OWNER, NEW))
-    assert not owner.store.inventory().holdings
-
-
-def test_a_holder_that_goes_away_in_the_middle_leaves_nothing_complete(
-    connect: Connect, holder: Machine, owner: Machine
-) -> None:
-    size = 32 * CHUNK  # more than sockets take
-    hold(holder, NEW, size)
-    transport = connect(holder.peer, 0, 1)
-
-    def allocate(data_bytes: int) -> Buffer:
-        holder.server.disconnect()
-        return owner.store.retrieval_target(OWNER, NEW, data_bytes)
-
-    with pytest.raises(OSError):  # noqa: PT011 - any kind
-        transport.fetch(OWNER, NEW, allocate)
-    assert not owner.store.inventory().holdings
-    assert transport.fetch(OWNER, NEW, owner.retrieval(OWNER, NEW)) == size
-    transport.close()
-
-
-def test_a_version_that_the_holder_drops_in_the_middle_leaves_nothing_complete(
-    connect: Connect, holder: Machine, owner: Machine
-) -> None:
-    size = 32 * CHUNK
-    buffer = hold(holder, NEW, size)
-    transport = connect(holder.peer, 0, 1)
-
-    def allocate(data_bytes: int) -> Buffer:
-        buffer.drop()
-        return owner.store.retrieval_target(OWNER, NEW, data_bytes)
-
-    with pytest.raises(OSError, match="gave up"):
-        transport.fetch(OWNER, NEW, allocate)
-    assert not owner.store.inventory().holdings
-    transport.close()
-
-
-def test_another_thread_can_end_a_fetch_at_once(connect: Connect, holder: Machine, owner: Machine) -> None:
-    hold(holder, NEW, 32 * CHUNK)
-    transport = connect(holder.peer, 0, 1)
-
-    def allocate(data_bytes: int) -> Buffer:
-        transport.abort()
-        return owner.store.retrieval_target(OWNER, NEW, data_bytes)
-
-    with pytest.raises(OSError):  # noqa: PT011 - any kind
-        transport.fetch(OWNER, NEW, allocate)
-    assert not owner.store.inventory().holdings

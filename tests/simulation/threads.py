@@ -244,6 +244,10 @@ def _monotonic() -> float:
     return Active.scheduler.now
 
 
+def _monotonic_ns() -> int:
+    return int(Active.scheduler.now * 1e9)
+
+
 def _time() -> float:
     """Wall clocks of machines differ."""
     scheduler = Active.scheduler
@@ -265,4 +269,6 @@ threading = SimpleNamespace(
     current_thread=current_thread,
 )
 queue = SimpleNamespace(Empty=real_queue.Empty, SimpleQueue=SimpleQueue)
-time = SimpleNamespace(monotonic=_monotonic, perf_counter=_monotonic, sleep=_sleep, time=_time)
+time = SimpleNamespace(
+    monotonic=_monotonic, monotonic_ns=_monotonic_ns, perf_counter=_monotonic, sleep=_sleep, time=_time
+)

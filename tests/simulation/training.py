@@ -179,12 +179,11 @@ class Trainer:
 
     def _persist_if_due(self, publisher: VersionPublisher) -> None:
         now = Active.scheduler.now
-        if publisher.persist_wished:
-            publisher.persist_wished = False
+        if publisher.agreed.persist:
             self._last_persist = now
             buffer, version = publisher.committed_buffer(), publisher.committed
             if buffer is not None and version is not None:
                 self._persister.start(buffer, version)
         due = now - self._last_persist >= self._program.persist_every_s
         if due and self._rank == 0 and not self._persister.busy:
-            publisher.wish_persist()
+            publisher.votes.persist = True

@@ -7,48 +7,17 @@ import logging
 import socket
 import threading
 import time
-from typing import Protocol
 
-from lightning_gemini.core.recovery import VersionId
-from lightning_gemini.dataplane import wire
-from lightning_gemini.dataplane.slab import Buffer
+from lightning_gemini.dataplane import link_speed, wire
 from lightning_gemini.dataplane.transport import chunk_stream
 from lightning_gemini.dataplane.transport.chunk_stream import receive_chunks, send_chunks
+from lightning_gemini.dataplane.transport.reception import Reception, ShardHost
 from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import AuthenticationError, GeminiError, ProtocolError
 
 log = logging.getLogger(__name__)
 
 _ACCEPT_RETRY_S = 0.05
-
-
-class ShardHost(Protocol):
-    """What the server needs from the agent's store."""
-
-    def writer(self, owner: int) -> threading.Lock:
-        """Whoever holds this lock, and nobody else, writes what comes from peers of this owner's shard."""
-
-    def replica_target(
-        self, owner: int, version: VersionId, data_bytes: int, sender_generation: int, kept: VersionId | None
-    ) -> Buffer | None:
-        """The buffer to receive into, or ``None`` if the version is already complete here.
-
-        Args:
-            owner: Global rank whose shard it is.
-            version: Its version.
-            data_bytes: Its size.
-            sender_generation: The generation that the sender is in.
-            kept: The complete version that the owner holds beside it; what is in between was given up by all ranks.
-
-        Raises:
-            GeminiError: The replica is not wanted here (wrong owner, stale generation, older than all, no memory).
-        """
-
-    def recheck(self, owner: int, version: VersionId) -> bool:
-        """Read every byte of a complete version again; a damaged one is dropped. Says whether it is still there."""
-
-    def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
-        """The complete buffer with this version, if held."""
 
 
 class ReplicaServer:
@@ -155,38 +124,25 @@ class ReplicaServer:
             self._receive_replica(sock, frame)
         elif frame.kind is Kind.FETCH:
             self._send_shard(sock, frame)
+        elif frame.kind is Kind.PROBE:
+            link_speed.discard(sock, frame)
         else:
             raise ProtocolError(f"unexpected {frame.kind.name} frame")
 
     def _receive_replica(self, sock: socket.socket, begin: Frame) -> None:
-        receiving = self._store.writer(begin.owner)
-        if not receiving.acquire(blocking=False):  # being retrieved, or an older connection is still being torn down
-            wire.refuse(sock, begin.owner, begin.id, f"is still receiving the shard of rank {begin.owner}")
-            return
         try:
-            self._receive_into_store(sock, begin)
-        finally:
-            receiving.release()
-
-    def _receive_into_store(self, sock: socket.socket, begin: Frame) -> None:
-        try:
-            buffer = self._target(begin)
-            if buffer is None and not self._store.recheck(begin.owner, begin.id):
-                buffer = self._target(begin)  # it was damaged: here comes a good one
+            reception = Reception(self._store, begin)
         except GeminiError as error:
             wire.refuse(sock, begin.owner, begin.id, str(error))
             return
-        if buffer is None:
-            wire.send(sock, Frame(Kind.HAVE, begin.owner, begin.id))
-            return
-        sock.settimeout(chunk_stream.IO_TIMEOUT_S)
-        wire.send(sock, Frame(Kind.WANT, begin.owner, begin.id))
-        if receive_chunks(sock, buffer, begin):
-            wire.send(sock, Frame(Kind.ACK, begin.owner, begin.id))
-        sock.settimeout(None)
-
-    def _target(self, begin: Frame) -> Buffer | None:
-        return self._store.replica_target(begin.owner, begin.id, begin.size, begin.sender_generation, begin.kept)
+        with reception:
+            if reception.buffer is None:
+                wire.send(sock, Frame(Kind.HAVE, begin.owner, begin.id))
+                return
+            wire.send(sock, Frame(Kind.WANT, begin.owner, begin.id))
+            # For as long as the sender lives: it may have to wait for its turn on the network, for minutes.
+            if receive_chunks(sock, reception.buffer, begin):
+                wire.send(sock, Frame(Kind.ACK, begin.owner, begin.id))
 
     def _send_shard(self, sock: socket.socket, request: Frame) -> None:
         buffer = self._store.complete_buffer(request.owner, request.id)

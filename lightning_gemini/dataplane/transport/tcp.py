@@ -8,7 +8,9 @@ import socket
 from collections.abc import Callable
 
 from lightning_gemini.core.recovery import VersionId
-from lightning_gemini.dataplane import wire
+from lightning_gemini.dataplane import link_speed, wire
+from lightning_gemini.dataplane.link_speed import LinkSpeed
+from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.transport.base import Peer
 from lightning_gemini.dataplane.transport.chunk_stream import (
@@ -17,6 +19,7 @@ from lightning_gemini.dataplane.transport.chunk_stream import (
     receive_chunks,
     send_chunks,
 )
+from lightning_gemini.dataplane.transport.paced_stream import TornChunkError
 from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import ProtocolError
 
@@ -39,7 +42,12 @@ class TcpTransport:
         self._aborted = False
 
     def push(
-        self, buffer: Buffer, version: VersionId, still_wanted: Callable[[], bool], kept: VersionId | None = None
+        self,
+        buffer: Buffer,
+        version: VersionId,
+        still_wanted: Callable[[], bool],
+        kept: VersionId | None = None,
+        pacer: Pacer | None = None,
     ) -> bool:
         """See :class:`ReplicaTransport`."""
         with _closing_on_error(self):
@@ -53,9 +61,37 @@ class TcpTransport:
             sock.settimeout(IO_TIMEOUT_S)
             if answer.kind is Kind.HAVE:
                 return True
-            finished = send_chunks(sock, buffer, version, still_wanted)
+            try:
+                finished = self._send_chunks(sock, buffer, version, still_wanted, pacer)
+            except TornChunkError:
+                self.close()
+                return False
             wire.send(sock, Frame(Kind.END if finished else Kind.ABORT, buffer.owner, version))
             return finished and self._answer(sock, begin, (Kind.ACK,)).kind is Kind.ACK
+
+    def _send_chunks(
+        self,
+        sock: socket.socket,
+        buffer: Buffer,
+        version: VersionId,
+        still_wanted: Callable[[], bool],
+        pacer: Pacer | None,
+    ) -> bool:
+        link = self._peer.machine
+        try:
+            return send_chunks(sock, buffer, version, still_wanted, pacer, link)
+        finally:
+            if pacer is not None:
+                pacer.finish(link)
+
+    def measure(self) -> LinkSpeed:
+        """Measure the way to the peer, for about a second at most; nothing else may be under way on it.
+
+        Raises:
+            OSError: The peer cannot be reached.
+        """
+        with _closing_on_error(self):
+            return link_speed.measure(self._connected())
 
     def fetch(self, owner: int, version: VersionId, allocate: Callable[[int], Buffer]) -> int:
         """See :class:`ReplicaTransport`."""

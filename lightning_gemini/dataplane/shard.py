@@ -11,13 +11,15 @@ A shard describes itself, so a version can always be read, whatever the model of
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import pickle
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,13 +27,13 @@ from torch import Tensor
 from lightning_gemini.errors import IntegrityError, RestoreError
 
 ALIGNMENT = 64
-SMALL_BYTES = 1 << 16  # host tensors up to this size are cloned at once: cheaper than making a step wait for them
+SMALL_BYTES = 1 << 12  # host tensors up to this size are cloned at once: no step has to wait for them
 _BLOB_PLACE = struct.Struct("<QQ")
 _TABLE_LENGTH = struct.Struct("<Q")
+_Entry: TypeAlias = tuple[str, Sequence[int], int]
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSlot:
+class TensorSlot(NamedTuple):  # made for every tensor of every version, and a frozen dataclass takes 2 µs
     """Where one tensor lies in the shard.
 
     Attributes:
@@ -83,7 +85,7 @@ def lay_out(stable: Any, volatile: Any) -> Layout:
         The layout of ``{"stable": stable, "volatile": volatile}``.
     """
     layout = Layout()
-    table: list[tuple[str, list[int], int]] = []
+    table: list[_Entry] = []
     stream = io.BytesIO()
     pickler = _TensorPickler(stream, layout, table)
     pickler.dump(stable)
@@ -138,51 +140,70 @@ def unpack(packed: Tensor) -> Any:
 
 
 class _TensorPickler(pickle.Pickler):
-    """Pickles everything but tensors, which get a slot in the layout."""
+    """Pickles everything but tensors, which get a slot in the layout.
 
-    def __init__(self, stream: io.BytesIO, layout: Layout, table: list[tuple[str, list[int], int]]) -> None:
+    Tensors are reduced to their index in the table: only they and other instances of classes lead out of C, where
+    ``persistent_id`` would be asked for every number, too.
+    """
+
+    def __init__(self, stream: io.BytesIO, layout: Layout, table: list[_Entry]) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self.clone = False
         self._layout, self._table = layout, table
         # The tensors are kept too: memory that was freed meanwhile would lend its address to another tensor.
         self._seen: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
 
-    def persistent_id(self, obj: Any) -> int | None:
-        if not isinstance(obj, Tensor):
-            return None
-        tensor = obj.detach()
+    def reducer_override(self, obj: Any) -> Any:
+        return (_tensor, (self._index(obj.detach()),)) if isinstance(obj, Tensor) else NotImplemented
+
+    def _index(self, tensor: Tensor) -> int:
         view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
         key = (tensor.device, self.clone, *view)
         if tensor.numel() and key in self._seen:
             return self._seen[key][0]
         index = len(self._table)
         self._seen[key] = index, tensor
-        nbytes = tensor.numel() * tensor.element_size()
-        clone = self.clone or (not tensor.is_cuda and nbytes <= SMALL_BYTES)
+        nbytes = tensor.nbytes
+        clone = self.clone or (nbytes <= SMALL_BYTES and not tensor.is_cuda)
         kept = tensor.clone(memory_format=torch.contiguous_format) if clone else tensor.contiguous()
         offset = self._layout.blob_offset
-        self._table.append((str(kept.dtype).removeprefix("torch."), list(kept.shape), offset))
+        self._table.append((_name(kept.dtype), kept.shape, offset))
         if nbytes:
             self._layout.slots.append(TensorSlot(kept, offset, nbytes, live=not clone))
         self._layout.blob_offset = offset + -(-nbytes // ALIGNMENT) * ALIGNMENT
         return index
 
 
+@functools.cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _tensor(index: int) -> Tensor:
+    """Stands in the pickled structure for a tensor; the unpickler has its own in this place."""
+    raise RestoreError(
+        f"tensor {index} of a shard was read without the shard: use lightning_gemini.dataplane.shard.read"
+    )
+
+
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(
-        self, stream: io.BytesIO, data: memoryview, table: list[tuple[str, list[int], int]], device: torch.device | None
-    ) -> None:
+    def __init__(self, stream: io.BytesIO, data: memoryview, table: list[_Entry], device: torch.device | None) -> None:
         super().__init__(stream)
         self._data, self._table, self._device = data, table, device
         self._loaded: dict[int, Tensor] = {}
 
-    def persistent_load(self, pid: Any) -> Tensor:
-        if pid not in self._loaded:
-            name, shape, offset = self._table[pid]
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == (_tensor.__module__, _tensor.__name__):
+            return self._load_tensor
+        return super().find_class(module, name)
+
+    def _load_tensor(self, index: int) -> Tensor:
+        if index not in self._loaded:
+            name, shape, offset = self._table[index]
             dtype = getattr(torch, name)
             tensor = torch.empty(shape, dtype=dtype, device=self._device)
             if nbytes := tensor.numel() * tensor.element_size():
                 source = torch.frombuffer(self._data, dtype=torch.uint8, count=nbytes, offset=offset)
                 tensor.copy_(source.view(dtype).view(tensor.shape))
-            self._loaded[pid] = tensor
-        return self._loaded[pid]
+            self._loaded[index] = tensor
+        return self._loaded[index]

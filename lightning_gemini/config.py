@@ -10,8 +10,11 @@ from pathlib import Path
 
 from lightning_gemini.errors import ConfigurationError
 
+MIN_CHUNK_BYTES = 4096
+"""Smallest chunk of a schedule."""
 PLACEMENTS = ("mixed", "group", "ring", "compact", "rack")
-TRANSPORTS = ("tcp",)
+TRANSPORTS = ("tcp", "p2p")
+SCHEDULES = ("interleaved", "unpipelined", "naive", "eager", "blocking", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,18 @@ class CheckpointConfig:
         persist_dir: Directory of the persistent tier; ``None`` picks one inside the run directory or
             ``default_root_dir``.
         persist_every_s: Seconds between two persistent checkpoints; 0 turns the tier off.
-        transport: How replicas travel.
+        transport: How replicas travel: ``tcp`` (agent to agent) or ``p2p`` (worker to worker over torch.distributed, on
+            CUDA with NCCL through ``sub_buffers`` in device memory).
+        schedule: When they travel: ``interleaved`` (GEMINI: chunks in the network's idle spans), ``unpipelined`` (one
+            chunk at a time in them), ``naive`` (one chunk a span), ``eager`` (at once), ``blocking`` (training waits),
+            or ``none`` (no checkpoints).
+        profile_iterations: Iterations without checkpoint traffic that a profile of the idle spans takes.
+        overhead_budget: What an iteration may take longer because of checkpoints, as a fraction; where the idle spans
+            are too short for that, versions are taken less often.
+        buffer_bytes: Most bytes in flight (R in GEMINI); ``None``: 128 MiB with transport ``p2p``, and with ``tcp`` what
+            the link carries in a few milliseconds.
+        sub_buffers: Chunks that these are cut into (p in GEMINI).
+        safety: Part of a mean idle span that is used (μ in GEMINI); the rest is for the spans' variance.
         idle_timeout_s: An agent that no worker uses goes away after this many seconds and frees its memory.
     """
 
@@ -42,6 +56,12 @@ class CheckpointConfig:
     persist_dir: Path | None = None
     persist_every_s: float = 3 * 3600.0
     transport: str = "tcp"
+    schedule: str = "interleaved"
+    profile_iterations: int = 20
+    overhead_budget: float = 0.01
+    buffer_bytes: int | None = None
+    sub_buffers: int = 4
+    safety: float = 0.8
     idle_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -54,9 +74,31 @@ class CheckpointConfig:
         for name, value, known in (
             ("placement", self.placement, PLACEMENTS),
             ("transport", self.transport, TRANSPORTS),
+            ("schedule", self.schedule, SCHEDULES),
         ):
             if value not in known:
                 raise ConfigurationError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.profile_iterations < 1:
+            raise ConfigurationError(f"profile_iterations must be 1 or more, got {self.profile_iterations}")
+        if not self.overhead_budget > 0:
+            raise ConfigurationError(f"overhead_budget must be above 0, as 0.01 for 1 %, got {self.overhead_budget}")
+        if not 0 < self.safety <= 1:
+            raise ConfigurationError(f"safety must be above 0 and at most 1, got {self.safety}")
+        if self.sub_buffers < 1:
+            raise ConfigurationError(f"sub_buffers must be 1 or more, got {self.sub_buffers}")
+        if self.buffer_bytes is not None and self.buffer_bytes < self.sub_buffers * MIN_CHUNK_BYTES:
+            raise ConfigurationError(
+                f"buffer_bytes must hold {self.sub_buffers} chunks of {MIN_CHUNK_BYTES} bytes or more, "
+                f"got {self.buffer_bytes}"
+            )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether there are versions at all."""
+        return self.checkpoint_every > 0 and self.schedule != "none"
 
     def replicas_for(self, machines: int) -> int:
         """The number of copies on a job of that many machines.

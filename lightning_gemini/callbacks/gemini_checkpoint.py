@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.callbacks import Checkpoint
 
+from lightning_gemini.callbacks.lightning_state import lightning_state
 from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.callbacks.training_random import capture_random, restore_random
+from lightning_gemini.core.scheme import Scheme
 from lightning_gemini.errors import ConfigurationError
 from lightning_gemini.strategies.zero_state import require_supported
 
@@ -43,7 +45,7 @@ class GeminiCheckpoint(Checkpoint):
                 f"GeminiCheckpoint needs Trainer(strategy='gemini'), found {type(trainer.strategy).__name__}"
             )
         strategy = _strategy(trainer)
-        if stage == "fit" and strategy.checkpoint_config.checkpoint_every:
+        if stage == "fit" and strategy.checkpoint_config.enabled:
             require_supported(strategy.config or {})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -56,35 +58,36 @@ class GeminiCheckpoint(Checkpoint):
             {"random": found.volatile["random"], "loops": found.volatile["lightning"]["loops"]} if found else None
         )
         self._settled_step = state.zero.step
-        self._publisher = state.open(_lightning_state(trainer))
+        self._publisher = state.open(lightning_state(trainer))
         self._last_persist = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """All that belongs to the last optimizer step is over: commit its predecessor and publish it."""
-        state = _strategy(trainer).job_state
-        if state is None or self._publisher is None:
+        state, publisher = _strategy(trainer).job_state, self._publisher
+        if state is None or publisher is None:
             return
         if self._resume is not None:
             resume, self._resume = self._resume, None
             _restore_progress(trainer, resume["loops"])
             restore_random(resume["random"])
         step = state.zero.step
-        newest = self._publisher.newest
-        if step == self._settled_step and newest is not None:
+        if step == self._settled_step and publisher.newest is not None:
             return
         if not state.zero.at_boundary:
             return
         self._settled_step = step
-        self._publisher.settle()
+        traffic = state.traffic
+        waited_s = publisher.waited_s if publisher.settle() else None
         self._persist_if_due(state)
-        if (
-            step % state.config.checkpoint_every == 0
-            and (newest is None or step != newest.version)
-            and self._publisher.ready(step)
-        ):
+        traffic.begin_iteration(step, publisher.agreed, waited_s)
+        known = publisher.newest is not None and publisher.newest.version == step
+        due = traffic.is_due(step) and not known and publisher.ready(step)
+        if due:
             self._publish(trainer, state, step)
+        traffic.iteration_begun(step, published=due, settled=publisher.settled)
+        publisher.patient = traffic.is_due(step + 1)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -104,41 +107,31 @@ class GeminiCheckpoint(Checkpoint):
         assert self._publisher is not None
         began = time.perf_counter()
         try:
-            layout = state.lay_out(_lightning_state(trainer), {"random": capture_random()})
+            layout = state.lay_out(lightning_state(trainer), {"random": capture_random()})
         except Exception as error:  # a user's hook, an object that cannot be pickled: training must go on
             log.warning("version %d cannot be taken: %s", step, error, exc_info=True)
             layout = None
         self._publisher.publish(step, layout, began)
+        if state.traffic.scheme is Scheme.BLOCKING:
+            self._publisher.wait_for_holders()
 
     def _persist_if_due(self, state: JobState) -> None:
         assert self._publisher is not None
         store = state.persister
         if store is None:
             return
-        if self._publisher.persist_wished:
-            self._publisher.persist_wished = False
+        if self._publisher.agreed.persist:
             self._last_persist = time.monotonic()
             buffer, version = self._publisher.committed_buffer(), self._publisher.committed
             if buffer is not None and version is not None:
                 store.start(buffer, version)
         due = time.monotonic() - self._last_persist >= state.config.persist_every_s
         if due and state.identity.global_rank == 0 and not store.busy:
-            self._publisher.wish_persist()
+            self._publisher.votes.persist = True
 
 
 def _strategy(trainer: pl.Trainer) -> GeminiStrategy:
     return trainer.strategy  # type: ignore[return-value]
-
-
-def _lightning_state(trainer: pl.Trainer) -> dict[str, Any]:
-    """Lightning's own checkpoint dictionary, without what the engine keeps."""
-    strategy = _strategy(trainer)
-    strategy._snapshotting = True
-    try:
-        state: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-    finally:
-        strategy._snapshotting = False
-    return {key: value for key, value in state.items() if key not in ("state_dict", "optimizer_states")}
 
 
 def _restore_progress(trainer: pl.Trainer, loops: dict[str, Any]) -> None:

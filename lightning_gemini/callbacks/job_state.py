@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_gemini.callbacks.data_position import set_aside_positions
+from lightning_gemini.callbacks.peer_exchange import PeerExchange
 from lightning_gemini.callbacks.peer_memory import PeerMemory, RestoredShard
 from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity
+from lightning_gemini.callbacks.traffic import TrafficScheduler
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.controlplane import standalone
 from lightning_gemini.controlplane.events import EventLog, append_line
 from lightning_gemini.controlplane.refusal import report_refusal
 from lightning_gemini.core.recovery import Tier, VersionId
+from lightning_gemini.core.scheme import Scheme
 from lightning_gemini.dataplane import persistent_directory, shard
+from lightning_gemini.dataplane.collective_tap import CollectiveTap
 from lightning_gemini.dataplane.persister import Persister
+from lightning_gemini.dataplane.profiler import Profiler
 from lightning_gemini.dataplane.shard import Layout
+from lightning_gemini.dataplane.slab import Slab
 from lightning_gemini.dataplane.snapshot import Snapshotter
 from lightning_gemini.errors import GeminiError, LayoutMismatchError, PersistError
 from lightning_gemini.strategies.zero_state import ZeroState
@@ -61,12 +67,14 @@ class JobState:
         self.zero = ZeroState(engine)
         self.found: RestoredShard | None = None
         self._declined: VersionId | None = None
-        self.module_state: dict[str, Any] = {}
         self.persister = self._make_persister(root_dir)
         self.finished = False
         self._device = engine.device
         self._publisher: VersionPublisher | None = None
         self._snapshotter: Snapshotter | None = None
+        self._profiler: Profiler | None = None
+        self._tap: CollectiveTap | None = None
+        self.exchange: PeerExchange | None = None
 
     @property
     def is_restart(self) -> bool:
@@ -195,7 +203,10 @@ class JobState:
         except GeminiError as error:
             report_refusal(error)  # here too: Hydra turns exceptions into SystemExit
             raise
-        self._snapshotter = Snapshotter(self.memory.client.notify, self._device)
+        self.slab = slab
+        self.traffic = self._schedule_traffic(slab)
+        self.exchange = self._exchange_with_peers(slab)
+        self._snapshotter = Snapshotter(self._notify, self._device, self.traffic.may_copy)
         self._snapshotter.start()
         self._publisher = VersionPublisher(
             slab,
@@ -208,10 +219,49 @@ class JobState:
             declined=self._declined,
             record=_cost_log(self.identity.global_rank),
         )
-        self.slab = slab
+        self._publisher.votes = self.traffic.votes
         self.found = None  # frees the restored tensors
+        if self._profiler is not None:
+            profiler = self._profiler
+            self.zero.base_optimizer.register_step_pre_hook(lambda *_: profiler.step_began())
         self.zero.base_optimizer.register_step_pre_hook(self._publisher.before_step)
         return self._publisher
+
+    def _schedule_traffic(self, slab: Slab) -> TrafficScheduler:
+        """Listen to training's collectives where that is of use: where copies go to other machines in idle spans."""
+        if self.memory.replicas > 1 and Scheme(self.config.schedule).paced:
+            self._profiler = Profiler(slab.pace, self._device)
+            self._tap = CollectiveTap(self._profiler)
+            self._tap.install()
+        traffic = TrafficScheduler(
+            self.config,
+            slab,
+            self.group,
+            self._profiler,
+            self.memory.measure_link,
+            self.memory.replicas,
+            self._announce_schedule,
+        )
+        traffic.start()
+        return traffic
+
+    def _exchange_with_peers(self, slab: Slab) -> PeerExchange | None:
+        if self.memory.replicas == 1 or self.config.transport != "p2p":
+            return None
+        exchange = PeerExchange(self.memory, slab, self._device, self.config, self.fit)
+        exchange.start()
+        return exchange
+
+    def _notify(self) -> None:
+        """A version was begun, or completed."""
+        self.memory.client.notify()
+        if self.exchange is not None:
+            self.exchange.notify()
+
+    def _announce_schedule(self, text: str, fields: dict[str, Any]) -> None:
+        if self.identity.global_rank == 0:
+            log.log(logging.INFO if fields["fits"] else logging.WARNING, "%s", text)
+            self.events.append("schedule", **fields)
 
     def lay_out(self, lightning_state: dict[str, Any], extra: dict[str, Any]) -> Layout:
         """Plan the shard of the state as it is now.
@@ -220,7 +270,7 @@ class JobState:
             lightning_state: Lightning's checkpoint dictionary, without weights and optimizer states.
             extra: What else must travel: random state.
         """
-        stable, volatile = self.zero.capture(self.module_state)
+        stable, volatile = self.zero.capture()
         return shard.lay_out(stable, {**volatile, **extra, "lightning": lightning_state, "fit": self.fit})
 
     def _expected_bytes(self, lightning_state: dict[str, Any]) -> int:
@@ -232,8 +282,13 @@ class JobState:
 
     def close(self) -> None:
         """Let go of everything; the agent keeps the memory unless the job is finished."""
+        if self._tap is not None and self._profiler is not None:
+            self._tap.remove()
+            self._profiler.close()
         if self._publisher is not None:
             self._publisher.drain()
+        if self.exchange is not None:
+            self.exchange.close()
         if self._snapshotter is not None:
             self._snapshotter.close()
         if self.persister is not None:

@@ -24,6 +24,7 @@ from lightning_gemini.core.recovery import (
     plan_recovery,
 )
 from lightning_gemini.dataplane import shard
+from lightning_gemini.dataplane.link_speed import LinkSpeed
 from lightning_gemini.dataplane.slab import Slab
 from lightning_gemini.errors import GeminiError, IntegrityError
 
@@ -254,6 +255,30 @@ class PeerMemory:
         slabs: list[Slab] = []
         self._together(lambda: slabs.append(self.client.attach(shard_bytes)))
         return slabs[0]
+
+    def measure_link(self) -> LinkSpeed | None:
+        """How fast this rank reaches its holders, all of them together, while all others reach theirs. Collective.
+
+        Returns:
+            Its share of its machine's link; ``None`` if that cannot be measured now.
+        """
+        self._group.barrier()
+        links = self._group.gather(self._link_of_machine() if self.identity.local_rank == 0 else None)
+        link = links[self.identity.machine * self.identity.nproc_per_machine]
+        if link is None:
+            return None
+        return LinkSpeed(link.bandwidth_bytes_per_s / self.identity.nproc_per_machine, link.startup_s)
+
+    def _link_of_machine(self) -> LinkSpeed | None:
+        try:
+            links = list(self.client.measure_links().values())
+        except GeminiError as error:
+            log.warning("cannot measure the link to the machines that hold this machine's shards: %s", error)
+            return None
+        if not links:
+            return None
+        slowest = min(link.bandwidth_bytes_per_s for link in links)  # they shared the machine's own
+        return LinkSpeed(slowest * len(links), max(link.startup_s for link in links))
 
     def close(self, *, finished: bool) -> None:
         """Hang up. When the job is finished and nobody else ends the agent, end it and free the memory."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_gemini.callbacks.ranks import MinExchange, RankGroup
@@ -19,6 +20,31 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.0005
 _PENDING = -1
 _FAILED = -2
+
+
+@dataclass(slots=True)
+class Votes:
+    """What ranks tell each other along with what is complete, so that all of them act on it at the same step.
+
+    Attributes:
+        persist: Rank 0 wishes the version on the persistent tier too.
+        profile: Some rank wishes a new profile of the idle spans.
+        plan: Every rank has the profile that a plan takes.
+    """
+
+    persist: bool = False
+    profile: bool = False
+    plan: bool = False
+
+    def cast(self) -> list[int]:
+        """As values whose minimum over all ranks says the same of all of them."""
+        return [-int(self.persist), -int(self.profile), int(self.plan)]
+
+    @staticmethod
+    def counted(minima: list[int]) -> Votes:
+        """The outcome."""
+        persist, profile, plan = minima
+        return Votes(bool(persist), bool(profile), bool(plan))
 
 
 class VersionPublisher:
@@ -39,6 +65,15 @@ class VersionPublisher:
         declined: The version that memory holds, if the user's own checkpoint was loaded in its place: it stays until a
             newer one is committed.
         record: Takes what each committed version cost; called on the snapshot thread.
+
+    Attributes:
+        newest: The version published last.
+        committed: The newest version that all ranks know to be committed.
+        skipped: Versions that were due and not taken.
+        patient: Whether the coming step waits for the newest version's replicas: the version after it is due then.
+        votes: This rank's.
+        agreed: The outcome of the vote that came with the version that was just committed.
+        costs: What goes into each version's record besides times.
     """
 
     def __init__(
@@ -65,8 +100,9 @@ class VersionPublisher:
         self._failed = False
         self._exchange: MinExchange | None = None
         self._waited_for: VersionId | None = None
-        self._wish = False
-        self.persist_wished = False
+        self.patient = True
+        self.votes, self.agreed = Votes(), Votes()
+        self.costs: dict[str, Any] = {}
         self._write_record = record
 
     # -- around the optimizer step -----------------------------------------------------------------------------------
@@ -77,30 +113,50 @@ class VersionPublisher:
         if self._snapshot is not None:
             self._snapshot.wait_until_read()
         if self.newest != self.committed and self._exchange is None:
-            self._exchange = self._group.start_min([self._complete_here(), -int(self._wish)])
-        if self._snapshot is not None:
-            self._snapshot.stall_s += time.perf_counter() - began
+            self._exchange = self._group.start_min([self._complete_here(), *self.votes.cast()])
+        self._add_stall(began)
 
-    def settle(self) -> None:
-        """After the step: learn whether the newest version is committed. Collective as long as it is not."""
-        if self.newest == self.committed:
-            return
+    def settle(self) -> bool:
+        """After the step: learn whether the newest version is committed. Collective as long as it is not.
+
+        Returns:
+            Whether it was learnt just now.
+        """
+        self.agreed = Votes()
+        if self.settled:
+            return False
         self.before_step()
+        began = time.perf_counter()
         assert self._exchange is not None
         assert self.newest is not None
-        lowest, wish = self._exchange.wait()
+        lowest, *minima = self._exchange.wait()
         self._exchange = None
+        self._add_stall(began)
         if lowest == self.newest.version:
             self.committed = self.newest
+            self.agreed = Votes.counted(minima)
+            if self.agreed.persist:
+                self.votes.persist = False
             self._slab.note_committed(self.newest)
-            self.persist_wished, self._wish = bool(wish), False
             self._record(self._snapshot)
-        elif lowest == _FAILED:
+            return True
+        if lowest == _FAILED:
             self._give_up()
+        return False
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that training waited for the holders of the version published last."""
+        return self._snapshot.wait_s if self._snapshot is not None else 0.0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the newest version is committed, so that nothing of it is on its way any more."""
+        return self.newest == self.committed
 
     def ready(self, step: int) -> bool:
         """Whether step ``step`` may be published; if not it is skipped, by all ranks alike."""
-        if self.newest == self.committed:
+        if self.settled:
             return True
         self.skipped += 1
         if self.skipped == 1 or self.skipped % 100 == 0:
@@ -119,6 +175,8 @@ class VersionPublisher:
         """
         index = writable_buffer(self._slab.views, self.committed)
         self.newest = VersionId(self._generation, step)
+        self._slab.pace.rush(False)
+        self._slab.pace.restart_sent()
         self._failed, self._snapshot = layout is None or index is None, None
         if layout is not None and index is not None:
             try:
@@ -128,9 +186,16 @@ class VersionPublisher:
                 self._failed = True
                 log.warning("version %d failed: %s", step, error)
 
-    def wish_persist(self) -> None:
-        """Rank 0 asks that the next committed version also goes to the persistent tier; all ranks learn it together."""
-        self._wish = True
+    def wait_for_holders(self) -> None:
+        """Stop training until the version just published is complete on all its holders, or ``commit_wait_s`` is over.
+
+        Scheme ``blocking``.
+        """
+        began = time.perf_counter()
+        if self._snapshot is not None:
+            self._snapshot.wait_until_read()
+        self._wait_for_holders(self._commit_wait_s)
+        self._add_stall(began)
 
     def drain(self) -> None:
         """Finish an exchange that was begun, so that no rank waits for another at the end."""
@@ -145,26 +210,41 @@ class VersionPublisher:
     # -- inside ------------------------------------------------------------------------------------------------------
 
     def _complete_here(self) -> int:
-        """This rank's newest version if it is complete on all holders, waiting for it a little."""
-        assert self.newest is not None
+        """This rank's newest version if it is complete on all holders, waiting for it a little where it must be."""
         # Once a version: a peer that stays away delays one step, not every step.
-        patience_s = 0.0 if self._waited_for == self.newest else self._commit_wait_s
-        self._waited_for = self.newest
-        deadline = time.monotonic() + patience_s
-        while not self._failed:
-            if self._snapshot is not None and self._snapshot.error is not None:
-                log.warning("version %d failed: %s", self.newest.version, self._snapshot.error)
-                self._failed = True
-            elif self._is_complete(self.newest):
-                return self.newest.version
-            elif self._is_lost(self.newest):
-                log.warning("version %d failed: this rank's copy was damaged in memory", self.newest.version)
-                self._failed = True
-            elif time.monotonic() > deadline:
-                return _PENDING
-            else:
+        patient = self.patient and self._waited_for != self.newest
+        if patient:
+            self._waited_for = self.newest
+        return self._wait_for_holders(self._commit_wait_s if patient else 0.0)
+
+    def _wait_for_holders(self, patience_s: float) -> int:
+        assert self.newest is not None
+        began = time.monotonic()
+        try:
+            while (outcome := self._outcome()) == _PENDING and time.monotonic() < began + patience_s:
+                self._slab.pace.rush(True)  # what the idle spans did not carry goes now
                 time.sleep(_POLL_S)
-        return _FAILED
+            return outcome
+        finally:
+            if self._snapshot is not None:
+                self._snapshot.wait_s += time.monotonic() - began
+
+    def _outcome(self) -> int:
+        """What this rank knows of its newest version."""
+        newest = self.newest
+        assert newest is not None
+        if not self._failed and self._snapshot is not None and self._snapshot.error is not None:
+            log.warning("version %d failed: %s", newest.version, self._snapshot.error)
+            self._failed = True
+        if self._failed:
+            return _FAILED
+        if self._is_complete(newest):
+            return newest.version
+        if self._is_lost(newest):
+            log.warning("version %d failed: this rank's copy was damaged in memory", newest.version)
+            self._failed = True
+            return _FAILED
+        return _PENDING
 
     def _is_complete(self, version: VersionId) -> bool:
         buffer = self._slab.holding(version)
@@ -175,6 +255,10 @@ class VersionPublisher:
         written = self._snapshot is None or self._snapshot.done
         return written and self._slab.holding(version) is None
 
+    def _add_stall(self, began: float) -> None:
+        if self._snapshot is not None:
+            self._snapshot.stall_s += time.perf_counter() - began
+
     def _record(self, snapshot: Snapshot | None) -> None:
         if snapshot is None:  # the version that training resumed from
             return
@@ -182,10 +266,13 @@ class VersionPublisher:
             "version": snapshot.id.version,
             "generation": snapshot.id.generation,
             "stall_s": snapshot.stall_s,
+            "wait_s": snapshot.wait_s,
             "copy_s": snapshot.copy_s,
             "replica_complete_s": snapshot.replica_complete_s if self._replicated else snapshot.copy_s,
             "bytes": snapshot.layout.total_bytes,
             "skipped": self.skipped,
+            "peak_buffer_bytes": self._slab.pace.take_peak(),
+            **self.costs,
         }
         self._snapshotter.defer(lambda: self._write_record(costs))
 

@@ -146,7 +146,7 @@ class Packing:
         left_bytes = copies * self._checkpoint_bytes - self._offset
         chunks = -(-(self._checkpoint_bytes - self._offset) // self._largest_bytes)
         chunks += (copies - 1) * -(-self._checkpoint_bytes // self._largest_bytes)
-        return max(0.0, self._busy_s(chunks, left_bytes) - self._used_part * span_s) if copies else 0.0
+        return max(0.0, self._busy_s(chunks, left_bytes) - self._used_part * span_s)
 
     def rest(self) -> tuple[Chunk, ...]:
         """Takes all that is left, as if the span never ended."""

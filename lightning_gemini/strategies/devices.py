@@ -47,6 +47,8 @@ def identity_of(global_rank: int, local_rank: int, world_size: int, num_processe
 def use_cpu_in_deepspeed() -> None:
     """DeepSpeed picks its accelerator once a process; the Trainer's choice counts."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Else DeepSpeed asks `numactl` for the number of sockets, in a process of its own, several times a step.
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     import deepspeed
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator

@@ -17,6 +17,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from lightning_gemini.callbacks import data_position
 from lightning_gemini.callbacks.gemini_checkpoint import GeminiCheckpoint
 from lightning_gemini.callbacks.job_state import JobState
+from lightning_gemini.callbacks.lightning_state import StateOnDemand
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.strategies import devices
 
@@ -40,7 +41,14 @@ class GeminiStrategy(DeepSpeedStrategy):
         persist_dir: Directory of the persistent tier, shared by all machines; by default inside the run directory, or
             under ``Trainer(default_root_dir=...)``.
         persist_every_s: Seconds between two persistent checkpoints; 0 turns that tier off.
-        transport: How copies travel; ``"tcp"``.
+        transport: How copies travel; ``"tcp"`` from agent to agent, ``"p2p"`` over torch.distributed.
+        schedule: When they travel: ``"interleaved"`` in the network's idle spans, ``"unpipelined"``, ``"naive"``,
+            ``"eager"``, ``"blocking"``, or ``"none"`` for no checkpoints.
+        profile_iterations: Iterations that a profile of the idle spans takes.
+        overhead_budget: Part by which checkpoints may lengthen an iteration before they are taken less often.
+        buffer_bytes: Most bytes in flight; by default what suits the link.
+        sub_buffers: Chunks that these are cut into.
+        safety: Part of an idle span that is used.
         idle_timeout_s: Without ``lightning-gemini run``: seconds after which an unused agent frees the memory.
         **kwargs: See ``*args``.
 
@@ -59,6 +67,12 @@ class GeminiStrategy(DeepSpeedStrategy):
         persist_dir: str | os.PathLike[str] | None = None,
         persist_every_s: float = _DEFAULTS.persist_every_s,
         transport: str = _DEFAULTS.transport,
+        schedule: str = _DEFAULTS.schedule,
+        profile_iterations: int = _DEFAULTS.profile_iterations,
+        overhead_budget: float = _DEFAULTS.overhead_budget,
+        buffer_bytes: int | None = _DEFAULTS.buffer_bytes,
+        sub_buffers: int = _DEFAULTS.sub_buffers,
+        safety: float = _DEFAULTS.safety,
         idle_timeout_s: float = _DEFAULTS.idle_timeout_s,
         **kwargs: Any,
     ) -> None:
@@ -74,6 +88,12 @@ class GeminiStrategy(DeepSpeedStrategy):
             persist_dir=Path(persist_dir) if persist_dir is not None else None,
             persist_every_s=persist_every_s,
             transport=transport,
+            schedule=schedule,
+            profile_iterations=profile_iterations,
+            overhead_budget=overhead_budget,
+            buffer_bytes=buffer_bytes,
+            sub_buffers=sub_buffers,
+            safety=safety,
             idle_timeout_s=idle_timeout_s,
         )
         self.job_state: JobState | None = None
@@ -131,7 +151,7 @@ class GeminiStrategy(DeepSpeedStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         """Initialise the engine, then look for this job's state in memory and in the persistent tier."""
         super().setup(trainer)
-        if trainer.state.fn != TrainerFn.FITTING or not self.checkpoint_config.checkpoint_every:
+        if trainer.state.fn != TrainerFn.FITTING or not self.checkpoint_config.enabled:
             return
         identity = devices.identity_of(self.global_rank, self.local_rank, self.world_size, self.num_processes)
         self.job_state = JobState(self.checkpoint_config, self.deepspeed_engine, identity, trainer.default_root_dir)
@@ -156,11 +176,12 @@ class GeminiStrategy(DeepSpeedStrategy):
         return super().load_model_state_dict(checkpoint, strict=strict)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The module's state; kept for the snapshot that asked for it."""
-        state: dict[str, Any] = super().lightning_module_state_dict()
-        if self._snapshotting and self.job_state is not None:
-            self.job_state.module_state = dict(state)
-        return state
+        """The module's state; a snapshot takes it from the engine, and has it only for hooks that look into it."""
+        return (
+            StateOnDemand(super().lightning_module_state_dict)
+            if self._snapshotting
+            else super().lightning_module_state_dict()
+        )
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """The optimizer's state; a snapshot takes it from the engine instead."""

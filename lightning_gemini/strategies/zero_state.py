@@ -14,11 +14,15 @@ import torch.distributed as dist
 
 from lightning_gemini.dataplane import shard
 from lightning_gemini.errors import ConfigurationError, LayoutMismatchError
+from lightning_gemini.strategies.module_state import ModuleState
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from deepspeed import DeepSpeedEngine
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_PLACES = "param_slice_mappings"  # where each parameter lies in the flat partitions: stages 1 and 2, never changes
 
 
 def require_supported(config: dict[str, Any]) -> None:
@@ -59,6 +63,11 @@ class ZeroState:
         self._engine = engine
         self.partitioned = bool(engine.zero_optimization_partition_weights())
         self._constant = shard.pack(self._constant_state())
+        self._module = ModuleState(engine.module)
+        self._frozen: dict[str, torch.nn.Parameter] = {}
+        self._frozen_of: tuple[Any, list[bool]] | None = None
+        self._places = getattr(engine.optimizer, "_" + _PLACES, None)
+        self._packed_places = shard.pack(self._places)
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -83,41 +92,55 @@ class ZeroState:
         """Whether no gradients are half accumulated."""
         return int(self._engine.micro_steps) % int(self._engine.gradient_accumulation_steps()) == 0
 
-    def capture(self, module_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def capture(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """References to everything that this rank would write to disk.
-
-        Args:
-            module_state: The module's ``state_dict()``, on this rank.
 
         Returns:
             State that stays unchanged until the next optimizer step, and state that a forward pass may change.
         """
         engine = self._engine
-        buffers = {name for name, _ in engine.module.named_buffers()}
-        writes_weights = self.partitioned or dist.get_rank() == 0
-        parameters = {name: value for name, value in module_state.items() if name not in buffers}
-        if self.partitioned:  # the weights are in the optimizer's partitions; DeepSpeed keeps empty placeholders
-            parameters = {name: value.new_empty(0) for name, value in parameters.items()}
+        parameters, others = self._module.read()
         stable = {
-            "optimizer": engine.optimizer.state_dict(),
-            "parameters": parameters if writes_weights else None,
-            "frozen": engine._get_zero_frozen_param_attributes(_fragment) if self.partitioned else None,
+            "optimizer": self._optimizer_state(),
+            "parameters": self._written(parameters),
+            "frozen": self._frozen_fragments() if self.partitioned else None,
             "constant": self._constant,
         }
         volatile = {
-            "buffers": {name: value for name, value in module_state.items() if name in buffers},
+            "buffers": others,
             "counters": {name: getattr(engine, name) for name in _COUNTERS},
-            "module_order": list(module_state),
+            "module_order": self._module.order,
         }
         return stable, volatile
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._engine.optimizer.state_dict()
+        if self._places is not None and state.get(_PLACES) is self._places:
+            state[_PLACES] = self._packed_places
+        return state
+
+    def _written(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
+        if self.partitioned:  # the weights are in the optimizer's partitions; DeepSpeed keeps empty placeholders
+            return {name: value.dtype for name, value in parameters.items()}
+        return dict(parameters) if dist.get_rank() == 0 else None
+
+    def _frozen_fragments(self) -> dict[str, torch.Tensor]:
+        """This rank's parts of the parameters that the optimizer does not have, as the engine would save them."""
+        known = self._module.parameters
+        trained = [parameter.requires_grad for parameter in known.values()]
+        if self._frozen_of is None or self._frozen_of[0] is not known or self._frozen_of[1] != trained:
+            self._frozen = self._engine._get_zero_frozen_param_attributes(lambda parameter: parameter)
+            self._frozen_of = known, trained
+        return {name: _fragment(parameter) for name, parameter in self._frozen.items()}
 
     @staticmethod
     def files(stable: dict[str, Any], volatile: dict[str, Any], client_state: dict[str, Any]) -> dict[str, Any]:
         """A restored or captured shard as the files of a DeepSpeed checkpoint directory: name to content."""
         constant = shard.unpack(stable["constant"])
-        files = {constant["optimizer_file"]: {"optimizer_state_dict": stable["optimizer"], **constant["versions"]}}
+        optimizer = _with_places(stable["optimizer"])
+        files = {constant["optimizer_file"]: {"optimizer_state_dict": optimizer, **constant["versions"]}}
         if stable["parameters"] is not None:
-            module = {**stable["parameters"], **volatile["buffers"]}
+            module = {**_tensors(stable["parameters"]), **volatile["buffers"]}
             ordered = {name: module[name] for name in volatile["module_order"]}
             frozen = stable["frozen"]
             if frozen is None and (names := constant["model_states"]["frozen_param_shapes"]) is not None:
@@ -152,7 +175,7 @@ class ZeroState:
         prologue = getattr(engine.optimizer, "checkpoint_event_prologue", None)
         if prologue is not None:
             prologue()
-        parameters = stable["parameters"]
+        parameters = _tensors(stable["parameters"] or {})
         if not self.partitioned:
             parameters = self._broadcast_parameters(parameters)
         engine.load_module_state_dict(
@@ -162,7 +185,7 @@ class ZeroState:
             setattr(engine, name, value)
         rank = dist.get_rank(group=engine.optimizer.dp_process_group)
         states: list[Any] = [None] * dist.get_world_size(group=engine.optimizer.dp_process_group)
-        states[rank] = stable["optimizer"]
+        states[rank] = _with_places(stable["optimizer"])
         engine.optimizer.load_state_dict(
             state_dict_list=states,
             load_optimizer_states=True,
@@ -172,14 +195,12 @@ class ZeroState:
         if epilogue is not None:
             epilogue()
 
-    def _broadcast_parameters(self, parameters: dict[str, Any] | None) -> dict[str, Any]:
+    def _broadcast_parameters(self, parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Stages 1 and 2 keep the full weights in rank 0's shard alone; hand them to everybody."""
         device = self._engine.device
-        received: dict[str, Any] = {}
-        for name, live in self._engine.module.state_dict().items():
-            if name in {buffer for buffer, _ in self._engine.module.named_buffers()}:
-                continue
-            value = parameters[name].to(device) if parameters is not None else torch.empty_like(live)
+        received: dict[str, torch.Tensor] = {}
+        for name, live in self._module.read()[0].items():
+            value = parameters[name].to(device) if dist.get_rank() == 0 else torch.empty_like(live)
             dist.broadcast(value, src=0)
             received[name] = value
         return received
@@ -218,6 +239,20 @@ class ZeroState:
 def _fragment(parameter: Any) -> torch.Tensor:
     fragment: torch.Tensor = parameter.ds_tensor.detach() if hasattr(parameter, "ds_id") else parameter.detach()
     return fragment
+
+
+def _tensors(parameters: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Parameters as DeepSpeed's files have them: empty where the shard says only what type they are of."""
+    return {
+        name: torch.empty(0, dtype=value) if isinstance(value, torch.dtype) else value
+        for name, value in parameters.items()
+    }
+
+
+def _with_places(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state as DeepSpeed's ``state_dict()`` had it."""
+    packed = optimizer.get(_PLACES)
+    return {**optimizer, _PLACES: shard.unpack(packed)} if isinstance(packed, torch.Tensor) else optimizer
 
 
 def _first_difference(expected: Any, found: Any) -> str:

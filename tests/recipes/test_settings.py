@@ -29,7 +29,7 @@ def test_defaults_are_those_of_the_package() -> None:
     assert checkpoint_config() == CheckpointConfig()
 
 
-@pytest.mark.parametrize("group", ["placement", "transport", "persist", "kv", "operator", "failure"])
+@pytest.mark.parametrize("group", ["placement", "schedule", "transport", "persist", "kv", "operator", "failure"])
 def test_every_option_of_every_gemini_group_is_possible(group: str) -> None:
     assert options(f"gemini/{group}")
     for option in options(f"gemini/{group}"):

@@ -113,20 +113,21 @@ class PositionTracker:
         """The position before the fetches in flight."""
         if self._loaded is not None or self._resumption is not None:
             return self._loaded or self._resumption.position  # type: ignore[union-attr]
-        now = RandomState.capture(sources)
         if (steps := self.in_flight()) > 0 and self._recent:
-            return self._before_last(steps, now, length)
+            return self._before_last(steps, sources, length)
+        now = RandomState.capture(sources)
         if self._cursor is None:
             return Position(Origin(workers=False), 0, now, EpochState.OVER, inner=read_inner())
         return self._here(self._cursor, now, length, read_inner)
 
-    def _before_last(self, fetches: int, now: RandomState, length: int | None) -> Position:
+    def _before_last(self, fetches: int, sources: tuple[RandomSource, ...], length: int | None) -> Position:
         position, *after = list(self._recent)[-fetches:]
         later = [repeated.fetch for repeated in after]
         # Of a loader without length Lightning fetches a batch ahead, so a single batch in flight is not in training
         # yet, unless it is the last, behind which Lightning has found the end. Either way training had drawn since.
         if length is None and fetches == 1 and self._cursor is not None:
-            later.append(now if self._cursor.last is None else self._cursor.last.fetch)
+            last = self._cursor.last
+            later.append(RandomState.capture(sources) if last is None else last.fetch)
         return replace(position, later=tuple(later))
 
     def _here(self, cursor: Cursor, now: RandomState, length: int | None, read_inner: ReadInner) -> Position:

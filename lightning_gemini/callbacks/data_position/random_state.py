@@ -6,11 +6,11 @@ loader's *sources*: generators which were handed to the loader, its samplers or 
 
 from __future__ import annotations
 
-import array
 import ctypes
 import random
+import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ __all__ = ["RandomSource", "RandomState", "find_random_sources"]
 _EPOCH_NAMES = ("epoch", "_epoch")
 _MT19937_BYTES = 625 * 4
 _LONGEST_CHILD_LIST = 16
+_WORDS = struct.Struct("=625I")
 _numpy_seen: tuple[object, bytes, dict[str, Any]] | None = None
 
 
@@ -82,6 +83,7 @@ class RandomState:
     numpy: dict[str, Any]
     torch: torch.Tensor
     sources: dict[str, Any]
+    _plain: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def capture(cls, sources: Sequence[RandomSource] = ()) -> RandomState:
@@ -113,8 +115,11 @@ class RandomState:
 
     def to_plain(self) -> dict[str, Any]:
         """The state in numbers, strings, bytes and dicts of them, fit for any checkpoint format."""
-        parts = {"python": self.python, "numpy": self.numpy, "torch": self.torch, "sources": self.sources}
-        return {name: _to_plain(part) for name, part in parts.items()}
+        # That of an epoch's beginning goes into every version of the epoch.
+        if not self._plain:
+            parts = {"python": self.python, "numpy": self.numpy, "torch": self.torch, "sources": self.sources}
+            self._plain.update({name: _to_plain(part) for name, part in parts.items()})
+        return dict(self._plain)
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> RandomState:
@@ -178,7 +183,7 @@ def _to_plain(value: Any) -> Any:
         return {key: _to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         if len(value) == 625:  # the Mersenne Twister of `random`
-            return {"words": array.array("I", value).tobytes()}
+            return {"words": _WORDS.pack(*value)}
         return {"tuple": [_to_plain(item) for item in value]}
     return value.item() if isinstance(value, np.generic) else value
 
@@ -191,7 +196,7 @@ def _from_plain(value: Any) -> Any:
     if "array" in value:
         return np.frombuffer(value["array"], dtype=value["dtype"]).copy()
     if "words" in value:
-        return tuple(array.array("I", value["words"]))
+        return _WORDS.unpack(value["words"])
     if "tuple" in value:
         return tuple(_from_plain(item) for item in value["tuple"])
     return {key: _from_plain(item) for key, item in value.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ from lightning_gemini.controlplane.faults.observer import Observer
 from lightning_gemini.controlplane.processes import start_time, wait_gone
 from lightning_gemini.controlplane.run_directory import find_job
 from tests.cli.conftest import Run
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))  # recipes import each other as neighbours
 
 SCRIPT = Path(__file__).with_name("plain_script.py").read_text()
 NODES = 4

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from namespaces import Namespaces, remove_stale, why_not
 
 from lightning_gemini.controlplane.processes import wait_gone
 from tests.system.conftest import NODES, Training
-from tests.system.namespaces import Namespaces, remove_stale, why_not
 
 Make = Callable[..., Namespaces]
 Train = Callable[..., Training]
 Undisturbed = Callable[..., list[dict[str, Any]]]
-ROOT = Path(__file__).parents[2]
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture
@@ -61,12 +61,12 @@ def test_what_a_killed_process_left_is_removed(machines: Make) -> None:
     code = """
         import sys, time
         sys.path.insert(0, sys.argv[1])
-        from tests.system.namespaces import Namespaces
+        from namespaces import Namespaces
         net = Namespaces(2).__enter__()
         print(net.names[0], flush=True)
         time.sleep(60)
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(ROOT)]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(RECIPES)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as maker:
         assert maker.stdout is not None
         name = maker.stdout.readline().strip()

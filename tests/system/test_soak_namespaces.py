@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from tests.system.namespaces import Namespaces, why_not
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "recipes"))
+from namespaces import Namespaces, why_not
 
 NODES, POOL, MINUTES = 4, 8, 0.75
 FAILURE = "soak,link=8,software=1,hardware=1,root=1,group=0,pause=1,etcd=1,corrupt=1"

@@ -17,6 +17,8 @@ _UNREADABLE_NS = 100_000_000  # a plan is being written for far less
 _FRESH_NS = 5_000_000  # who looked so lately saw the change happen
 _AHEAD_NS = 5_000_000  # how much the kernel may hold of what is on its way, in time on the link
 _LEAST_AHEAD_BYTES = 128 * 1024
+_POLL_S, _LONGEST_POLL_S = 0.0005, 0.002
+_POLLS_A_SPAN = 20
 
 
 @dataclass(slots=True)
@@ -47,7 +49,7 @@ class Pacer:
         self._looked_ns = -(10**18)
         self._served = False
         self._plan: Plan | None = None
-        self._grace_ns = _PATIENCE_NS
+        self._grace_ns, self._poll_s = _PATIENCE_NS, _POLL_S
         self._unreadable_since_ns: int | None = None
 
     def allowance(self, left_bytes: int, in_flight_bytes: int, link: int = 0) -> int:
@@ -84,6 +86,11 @@ class Pacer:
         """How much of what was allowed a link may have in flight at once, so that little follows a span's end."""
         turn = self._turns.get(link)
         return UNLIMITED if turn is None else turn.ahead_bytes
+
+    def pause_s(self, link: int = 0) -> float:
+        """How long to wait before asking again: outside spans longer where they are long, as every look costs time."""
+        turn = self._turns.get(link)
+        return _POLL_S if turn is None or self._now_ns() < turn.until_ns else self._poll_s
 
     def finish(self, link: int = 0) -> None:
         """A link has nothing in flight any more."""
@@ -144,10 +151,18 @@ class Pacer:
             return self._plan if self._unreadable_for(now_ns) <= _UNREADABLE_NS else None
         self._unreadable_since_ns = None
         if found is not self._plan:
-            self._plan, self._grace_ns = found, _PATIENCE_NS + 2 * max(found.iteration_ns, sum(found.usable_ns))
+            self._plan = found
+            self._grace_ns = _PATIENCE_NS + 2 * max(found.iteration_ns, sum(found.usable_ns))
+            self._poll_s = _poll_s(found)
         return found
 
     def _unreadable_for(self, now_ns: int) -> int:
         if self._unreadable_since_ns is None:
             self._unreadable_since_ns = now_ns
         return now_ns - self._unreadable_since_ns
+
+
+def _poll_s(plan: Plan) -> float:
+    """A small part of the spans in which most bytes go."""
+    typical_ns = sum(length * length for length in plan.usable_ns) / max(1, sum(plan.usable_ns))
+    return min(max(typical_ns / 1e9 / _POLLS_A_SPAN, _POLL_S), _LONGEST_POLL_S)

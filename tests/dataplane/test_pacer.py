@@ -187,6 +187,19 @@ def test_little_runs_ahead_of_the_link(world: World) -> None:
     assert world.pacer.ahead_bytes() == 5 * RATE // 1000
 
 
+def test_outside_spans_looks_are_rarer_where_spans_are_long(world: World) -> None:
+    for usable_ms, expected_s in ((1.0, 0.0005), (20.0, 0.001), (1000.0, 0.002)):
+        world.plan(usable_ms, 0.001, 0.001)
+        world.page.close_span()
+        assert world.ask() == 0
+        assert world.pacer.pause_s() == pytest.approx(expected_s, rel=0.01)
+        world.open(0)
+        assert world.ask()
+        assert world.pacer.pause_s() == 0.0005
+        world.pass_ms(usable_ms)
+        assert world.pacer.pause_s() == pytest.approx(expected_s, rel=0.01)
+
+
 # -- a device that says where training is, but not since when ----------------------------------------------------------
 
 
@@ -288,7 +301,7 @@ spans_ms = st.lists(st.integers(0, 60), min_size=1, max_size=8)
     idle_ms=spans_ms,
     busy_ms=st.integers(1, 20),
     checkpoint=st.integers(1, 20_000_000),
-    chunk=st.integers(20_000, 2_000_000),
+    chunk=st.integers(RATE * POLL_NS // 10**9 + 1, 2_000_000),  # or the link would idle from look to look
     sub_buffers=st.integers(1, 4),
 )
 def test_a_span_carries_what_algorithm_2_puts_into_it(

@@ -11,6 +11,7 @@ from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.pace_page import Pace
 from tests.controlplane.agents import JOB
 from tests.dataplane.machines import write_version
+from tests.dataplane.waiting import DEADLINE_S
 
 
 def main() -> None:
@@ -27,7 +28,8 @@ def main() -> None:
     write_version(buffer, VersionId(1, number), size, until_byte=None if written == size else written)
     client.notify()
     page.open_span(0)
-    while page.sent < 50_000:
+    deadline = time.monotonic() + DEADLINE_S
+    while page.sent < 50_000 and time.monotonic() < deadline:
         time.sleep(0.001)
     page.close_span()
     print(page.sent, flush=True)

@@ -25,7 +25,9 @@ def pair() -> Iterator[Pair]:
     directory = ShortDirectory()
     with make_agent(directory.path, 0) as one, make_agent(directory.path, 1) as other:
         introduce([one, other])
+        neighbour = Worker(other, 1)  # says how shards are placed
         yield one, other
+        neighbour.close()
     directory.remove()
 
 

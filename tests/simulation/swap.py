@@ -105,7 +105,8 @@ _PARTS: dict[str, dict[str, Any]] = {
     "dataplane.slab": {"chunk_bytes_for": lambda data_bytes: _CHUNK_BYTES, "require_free": lambda more_bytes: None},
     "dataplane.snapshot": {"SimpleQueue": threads.SimpleQueue, "_WATCH_S": 0.1, "_pieces": _pieces},
     "dataplane.transport.chunk_stream": {"_POLL_S": 0.003},
-    "dataplane.transport.paced_stream": {"POLL_S": 0.003, "in_flight_bytes": lambda sock: 0},
+    "dataplane.pacer": {"_POLL_S": 0.003, "_LONGEST_POLL_S": 0.003},
+    "dataplane.transport.paced_stream": {"in_flight_bytes": lambda sock: 0},
     "dataplane.store": {"require_memory": lambda *_, **__: None},
 }
 

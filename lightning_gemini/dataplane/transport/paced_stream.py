@@ -14,7 +14,6 @@ from lightning_gemini.dataplane import wire
 from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.wire import Frame
 
-POLL_S = 0.0005
 _LOOKS_A_QUESTION = 10  # whether the version is still wanted takes longer to find out than whether a span is open
 
 
@@ -35,6 +34,7 @@ class PacedStream:
     def __init__(self, sock: socket.socket, pacer: Pacer, link: int, still_wanted: Callable[[], bool]) -> None:
         self._sock, self._pacer, self._link, self._still_wanted = sock, pacer, link, still_wanted
         self._granted = self._sent = self._looks = 0
+        self._drained = False
 
     def send(self, frame: Frame, payload: memoryview, ready_bytes: Callable[[], int]) -> bool:
         """Send one frame with its payload, which must not be empty.
@@ -59,6 +59,7 @@ class PacedStream:
                 return False
             wire.send_all(self._sock, b"" if done else header, payload[done : done + size])
             done += size
+            self._drained = False
             self._granted -= size
             self._sent += size
             self._pacer.page.note_sent(self._sent)
@@ -68,8 +69,7 @@ class PacedStream:
         """Waits until bytes may go, and returns how many; 0 where the version is given up first."""
         pacer, link = self._pacer, self._link
         while True:
-            in_flight = in_flight_bytes(self._sock)
-            pacer.page.note_in_flight(in_flight)
+            in_flight = self._in_flight()
             if not self._granted or not pacer.still_allowed(link):
                 self._granted = pacer.allowance(ready_bytes() - self._sent, in_flight, link)
             ahead = pacer.ahead_bytes(link)
@@ -78,7 +78,15 @@ class PacedStream:
                 return min(self._granted, room)
             if not self._is_wanted():
                 return 0
-            time.sleep(POLL_S)
+            time.sleep(pacer.pause_s(link))
+
+    def _in_flight(self) -> int:
+        if self._drained:  # and nothing was sent since: spares a call into the kernel at every look
+            return 0
+        found = in_flight_bytes(self._sock)
+        self._pacer.page.note_in_flight(found)
+        self._drained = not found
+        return found
 
     def _is_wanted(self) -> bool:
         self._looks += 1

@@ -36,13 +36,15 @@ def test_the_overhead_is_found_in_spite_of_a_drift(part: float, seed: int) -> No
 
 def test_a_row_has_median_and_quartiles() -> None:
     turn = Turn(profiler_cost.WITH, 0, False, True)
-    row = profiler_cost.row(profiler_cost.WITH, [(turn, 1.0 + index) for index in range(7)])
+    seconds = [(turn, 1.0 + index) for index in range(7)]
+    row = profiler_cost.row(profiler_cost.WITH, seconds, seconds[:3])
     assert row == {
         "tap": "with",
         "iterations": 7,
         "iteration_s_median": 4.0,
         "iteration_s_low": 2.0,
         "iteration_s_high": 6.0,
+        "cpu_s_median": 2.0,
     }
 
 

@@ -107,7 +107,8 @@ class GeminiCheckpoint(Checkpoint):
         assert self._publisher is not None
         began = time.perf_counter()
         try:
-            layout = state.lay_out(lightning_state(trainer), {"random": capture_random()})
+            extra = {"random": capture_random(), "profile": state.traffic.packed_profile}
+            layout = state.lay_out(lightning_state(trainer), extra)
         except Exception as error:  # a user's hook, an object that cannot be pickled: training must go on
             log.warning("version %d cannot be taken: %s", step, error, exc_info=True)
             layout = None

@@ -242,7 +242,7 @@ class JobState:
             self.memory.replicas,
             self._announce_schedule,
         )
-        traffic.start()
+        traffic.start(self.zero.step, self.found.volatile.get("profile") if self.found else None)
         return traffic
 
     def _exchange_with_peers(self, slab: Slab) -> PeerExchange | None:
@@ -268,7 +268,7 @@ class JobState:
 
         Args:
             lightning_state: Lightning's checkpoint dictionary, without weights and optimizer states.
-            extra: What else must travel: random state.
+            extra: What else must travel: random state, the profile of the idle spans.
         """
         stable, volatile = self.zero.capture()
         return shard.lay_out(stable, {**volatile, **extra, "lightning": lightning_state, "fit": self.fit})

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lightning_gemini.callbacks.publisher import Votes
 from lightning_gemini.callbacks.ranks import RankGroup
 from lightning_gemini.config import CheckpointConfig
@@ -20,6 +22,7 @@ from lightning_gemini.core.drift import DriftWatch
 from lightning_gemini.core.frequency import Cadence, choose_every
 from lightning_gemini.core.idle_spans import IdleProfile, IterationTrace, average
 from lightning_gemini.core.scheme import Chunking, Scheme, chunking
+from lightning_gemini.dataplane import shard
 from lightning_gemini.dataplane.link_speed import LinkSpeed
 from lightning_gemini.dataplane.pace_page import Pace
 from lightning_gemini.dataplane.profiler import Profiler
@@ -70,6 +73,7 @@ class TrafficScheduler:
         scheme: In force.
         plan: In force; ``None`` as long as there is no profile.
         last_trace: The last iteration that the profiler finished.
+        packed_profile: What the plan was made from; goes into every version, so that who resumes need not profile anew.
     """
 
     def __init__(
@@ -87,6 +91,7 @@ class TrafficScheduler:
         self.scheme = Scheme(config.schedule)
         self.plan: Plan | None = None
         self.last_trace: IterationTrace | None = None
+        self.packed_profile: torch.Tensor | None = None
         self.votes = Votes()
         self._every = config.checkpoint_every
         self._link: LinkSpeed | None = None
@@ -96,15 +101,24 @@ class TrafficScheduler:
         self._profiling = profiler is not None
         self._traces: list[IterationTrace] = []
         self._candidate: IdleProfile | None = None
-        self._quiet: set[int] = set()
+        self._begun: dict[int, tuple[Scheme, bool]] = {}  # iterations without a trace yet: scheme, whether quiet
         self._quiet_begun = 0
         self._rested = True
 
-    def start(self) -> None:
-        """Measure the link; before the first step. Collective."""
-        if self._profiler is not None:
-            self._link = self._measure_link()
-        self._apply()
+    def start(self, step: int = 0, packed_profile: torch.Tensor | None = None) -> None:
+        """Measure the link, before the first step; and plan with the profile that came with the version. Collective.
+
+        Args:
+            step: Optimizer steps completed.
+            packed_profile: See :attr:`packed_profile`; ``None`` where training starts anew.
+        """
+        if self._profiler is None:
+            return self._apply()
+        self._link = self._measure_link()
+        if None in self._group.gather(None if self._slab.newest_started() is None else packed_profile):
+            return self._apply()
+        self._candidate = shard.unpack(packed_profile)
+        return self._make_plan(step)
 
     def set_scheme(self, name: str) -> None:
         """Change the scheme, at a boundary between two iterations and on every rank alike.
@@ -118,6 +132,7 @@ class TrafficScheduler:
             raise ConfigurationError(f"schedule {name!r} needs a profile: start with it, and with 2 replicas or more")
         self.scheme = Scheme(name)
         self._apply()
+        self._watch_plan()
 
     # -- at every boundary, in this order ----------------------------------------------------------------------------
 
@@ -156,11 +171,11 @@ class TrafficScheduler:
 
     def iteration_begun(self, step: int, *, published: bool, settled: bool) -> None:
         """Says whether the iteration that begins carries a version, or still something of an older one."""
+        self._begun[step] = self.scheme, settled and not published
         if published:
             self._rested = False
         elif settled:
             self._rested = True
-            self._quiet.add(step)
             self._quiet_begun += 1
             if self._profiling and self._quiet_begun > _PATIENCE * self._config.profile_iterations:
                 self.votes.plan = True
@@ -169,11 +184,11 @@ class TrafficScheduler:
 
     def _take(self, label: int, trace: IterationTrace) -> None:
         self.last_trace = trace
-        quiet = label in self._quiet
-        self._quiet = {other for other in self._quiet if other > label}
+        scheme, quiet = self._begun.get(label, (self.scheme, False))
+        self._begun = {other: begun for other, begun in self._begun.items() if other > label}
         if self._profiling and quiet and not self.votes.plan:
             self._collect(trace)
-        elif self._watch is not None and (reason := self._watch.take_iteration(trace)):
+        elif self._watch is not None and scheme.paced and (reason := self._watch.take_iteration(trace)):
             self._wish_profile(reason)
 
     def _collect(self, trace: IterationTrace) -> None:
@@ -211,13 +226,19 @@ class TrafficScheduler:
         self._traces.clear()
         if self.plan is None or None in told:
             self.plan, self._watch, self._every = None, None, self._config.checkpoint_every
+            self.packed_profile = None
             self._tell_unscheduled(told.index(None))
         else:
             self._every = max(self._config.checkpoint_every, *(figures["every"] for figures in told))
-            iteration_s = self.plan.profile.iteration_s
-            self._watch = DriftWatch(self.plan.profile, self._config.overhead_budget * self._every * iteration_s)
+            self.packed_profile = shard.pack(self.plan.profile)
+            self._watch_plan()
             self._tell(max(told, key=lambda figures: (figures["every"], figures["overhead"])))
         self._apply()
+
+    def _watch_plan(self) -> None:
+        if self.plan is not None:
+            budget_s = self._config.overhead_budget * self._every * self.plan.profile.iteration_s
+            self._watch = DriftWatch(self.plan.profile, budget_s)
 
     def _own_plan(self) -> Plan | None:
         newest = self._slab.newest_started()

@@ -111,6 +111,19 @@ def test_every_other_iteration_is_profiled_and_the_others_protect(slab: Slab) ->
     assert fields["every"] == 1
 
 
+def test_who_resumes_plans_with_the_profile_that_came_along(slab: Slab) -> None:
+    before = World(slab)
+    before.run(20)
+    assert before.traffic.packed_profile is not None
+    assert before.traffic.plan is not None
+    after = World(slab)
+    after.traffic.start(20, before.traffic.packed_profile)
+    assert after.traffic.plan is not None
+    assert after.traffic.plan.profile == before.traffic.plan.profile
+    after.run(5)
+    assert after.versions == [1, 2, 3, 4, 5]
+
+
 def test_versions_are_taken_less_often_where_they_do_not_fit(slab: Slab) -> None:
     # One iteration has 0.8 * 0.3 s at 1.5 MB/s: 0.36 MB. Two more spans than the last one's need three iterations.
     world = World(slab, bandwidth=1.5e6)

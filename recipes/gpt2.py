@@ -17,6 +17,7 @@ import json
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,7 @@ class StepLog(pl.Callback):
             file.write(json.dumps(record).encode() + b"\n")
 
 
-def main(cfg: DictConfig) -> None:
+def main(cfg: DictConfig, callbacks: Sequence[pl.Callback] = ()) -> None:
     """Trains until ``trainer.max_steps``; continues by itself where an earlier process of the same job was killed."""
     # DeepSpeed calls collectives by the names that torch has just renamed: a warning at every call.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -139,6 +140,7 @@ def main(cfg: DictConfig) -> None:
     devices = int(os.environ.get("LOCAL_WORLD_SIZE", cfg.trainer.devices))
     run_dir = os.environ.get("LIGHTNING_GEMINI_RUN_DIR")
     step_tokens = cfg.trainer.micro_batch * cfg.trainer.accumulate_grad_batches * cfg.data.block_tokens
+    folder = Path(run_dir) / "steps" if run_dir else None
     trainer = pl.Trainer(
         strategy=strategy(cfg),
         accelerator=cfg.trainer.accelerator,
@@ -149,7 +151,7 @@ def main(cfg: DictConfig) -> None:
         max_epochs=-1,
         accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         gradient_clip_val=cfg.trainer.gradient_clip_val,
-        callbacks=[StepLog(Path(run_dir) / "steps" if run_dir else None, step_tokens, cfg.trainer.log_every_n_steps)],
+        callbacks=[StepLog(folder, step_tokens, cfg.trainer.log_every_n_steps), *callbacks],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

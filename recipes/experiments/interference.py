@@ -22,13 +22,13 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import hydra
-import torch
 from figures import draw
 from hydra.core.hydra_config import HydraConfig
 from measured import CONFIDENCE, HIGH, LOW, IncompleteError, measured_rows, read_lines
@@ -111,9 +111,9 @@ class Experiment:
         done, moved, began = 0, time.monotonic(), time.monotonic()
         while job.running:
             lines = read_lines(folder / "iterations.jsonl")
+            if not lines:
+                job.prioritise()
             if len(lines) > done:
-                if not done:
-                    job.prioritise()
                 done, moved = len(lines), time.monotonic()
             screen.show(_state(lines, total, time.monotonic() - began))
             if time.monotonic() - moved > (_ITERATION_S if done else _START_S + _ITERATION_S):
@@ -186,7 +186,7 @@ def _break_point(rows: list[dict[str, Any]]) -> str:
 
 def _machine() -> dict[str, Any]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "kernel": platform.release()}
+    versions = {"python": platform.python_version(), "torch": metadata.version("torch"), "kernel": platform.release()}
     return {"cpus": len(os.sched_getaffinity(0)), "memory_gib": round(memory_bytes / 2**30, 1), **versions}
 
 

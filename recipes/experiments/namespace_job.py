@@ -45,6 +45,7 @@ class NamespaceJob:
     def __init__(self, net: Namespaces, folder: Path, script: Sequence[str], *, priority: int = 0) -> None:
         self._net, self._folder, self._script, self._priority = net, folder, list(script), priority
         self._workers: list[subprocess.Popen[bytes]] = []
+        self._prioritised: set[int] = set()
         self._sockets = ""
 
     def __enter__(self) -> NamespaceJob:
@@ -78,9 +79,13 @@ class NamespaceJob:
         return None in codes
 
     def prioritise(self) -> None:
-        """Has the priority count among sessions too: agents are in sessions of their own, and kernels weigh those."""
-        for pid in self._pids():
-            with contextlib.suppress(OSError):  # a kernel without automatic groups, or a process that has ended
+        """Has the priority of processes that are new count among sessions too.
+
+        Kernels weigh those against each other, and agents are in sessions of their own.
+        """
+        for pid in set(self._pids()) - self._prioritised:
+            self._prioritised.add(pid)
+            with contextlib.suppress(OSError):  # a kernel without such groups, or a process that has ended
                 Path(f"/proc/{pid}/autogroup").write_text(str(self._priority))
 
     def close(self) -> None:

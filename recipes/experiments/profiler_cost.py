@@ -5,7 +5,8 @@
 
 Blocks of iterations with and without the tap on DeepSpeed's collectives alternate in one run, in another order each
 round. Every layer computes, and then waits for ``--wait-ms`` in its forward pass and twice that in its backward pass,
-as if an accelerator computed. What one recorded collective costs is measured by itself, in a loop.
+as if an accelerator computed. What one recorded collective costs is measured by itself, in a loop. Times are given as
+they pass, and as the process uses the CPU (all its threads), which a machine that is busy otherwise disturbs less.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("LOCAL_SIZE", "2")  # else DeepSpeed starts `numactl` several times an iteration
 
 import lightning.pytorch as pl
 import torch
@@ -48,16 +50,17 @@ class Alternation(pl.Callback):
     """Profiles in the blocks whose turn it is, and keeps what every iteration took.
 
     Attributes:
-        seconds: Turn and seconds of every iteration that counts.
+        seconds: Turn and seconds of every iteration that counts; ``cpu_seconds``: those of the CPU.
         collectives: Of the last iteration that was profiled.
     """
 
     def __init__(self, turns: list[Turn]) -> None:
         self.turns = turns
         self.seconds: list[tuple[Turn, float]] = []
+        self.cpu_seconds: list[tuple[Turn, float]] = []
         self.collectives = 0
         self._profiler, self._tap = Profiler(PacePage.private(), CPU), None
-        self._index, self._since = -1, 0.0
+        self._index, self._since, self._cpu_since = -1, 0.0, 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         gc.collect()
@@ -67,10 +70,11 @@ class Alternation(pl.Callback):
         optimizer.register_step_pre_hook(lambda *_: self._step())
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        now = time.perf_counter()
+        now, cpu_now = time.perf_counter(), time.process_time()
         if self._index >= 0 and self.turns[self._index].counted:
             self.seconds.append((self.turns[self._index], now - self._since))
-        self._index, self._since = self._index + 1, now
+            self.cpu_seconds.append((self.turns[self._index], cpu_now - self._cpu_since))
+        self._index, self._since, self._cpu_since = self._index + 1, now, cpu_now
         turn = self.turns[self._index] if self._index < len(self.turns) else Turn(WITHOUT, -1, True, False)
         if turn.switched:
             self._switch(turn.scheme == WITH)
@@ -126,7 +130,7 @@ def overhead(seconds: list[tuple[Turn, float]], seed: int) -> tuple[float, float
     return statistics.median(parts), medians[100], medians[-101]
 
 
-def row(scheme: str, seconds: list[tuple[Turn, float]]) -> dict[str, Any]:
+def row(scheme: str, seconds: list[tuple[Turn, float]], cpu_seconds: list[tuple[Turn, float]]) -> dict[str, Any]:
     """Median and quartiles of an iteration."""
     found = [s for turn, s in seconds if turn.scheme == scheme]
     low, median, high = statistics.quantiles(found, n=4)
@@ -136,11 +140,12 @@ def row(scheme: str, seconds: list[tuple[Turn, float]]) -> dict[str, Any]:
         "iteration_s_median": median,
         "iteration_s_low": low,
         "iteration_s_high": high,
+        "cpu_s_median": statistics.median(s for turn, s in cpu_seconds if turn.scheme == scheme),
     }
 
 
 def costs_of_one() -> dict[str, float]:
-    """Seconds that recording one collective adds: a blocking one, an asynchronous one, and its part of the trace."""
+    """CPU seconds that recording one collective adds: blocking, asynchronous, and its part of the trace."""
     profiler = Profiler(PacePage.private(), CPU)
     profiler.begin_iteration()
     tensor = torch.ones(1)
@@ -162,7 +167,7 @@ def costs_of_one() -> dict[str, float]:
 
 
 def added(recorded: Callable[..., Any], plain: Callable[..., Any], tensor: torch.Tensor, profiler: Profiler) -> float:
-    """Median difference between the two calls, in seconds."""
+    """Median difference between the two calls, in CPU seconds."""
     differences = []
     for _ in range(100):
         profiler.begin_iteration()
@@ -171,29 +176,30 @@ def added(recorded: Callable[..., Any], plain: Callable[..., Any], tensor: torch
 
 
 def loop_s(call: Callable[..., Any], tensor: torch.Tensor, times: int = 50) -> float:
-    """Seconds of one call."""
-    began = time.perf_counter()
+    """CPU seconds of one call, in all threads."""
+    began = time.process_time()
     for _ in range(times):
         call(tensor)
-    return (time.perf_counter() - began) / times
+    return (time.process_time() - began) / times
 
 
 def trace_s(profiler: Profiler, nothing: Callable[..., Any], tensor: torch.Tensor, collectives: int = 200) -> float:
-    """Seconds of the end of an iteration, for each of its collectives."""
+    """CPU seconds of the end of an iteration, for each of its collectives."""
     found = []
     for _ in range(100):
         loop_s(nothing, tensor, collectives)
         profiler.step_began()
-        began = time.perf_counter()
+        began = time.process_time()
         profiler.begin_iteration()
-        found.append((time.perf_counter() - began) / collectives)
+        found.append((time.process_time() - began) / collectives)
     return statistics.median(found)
 
 
 def report(arguments: argparse.Namespace, alternation: Alternation) -> dict[str, Any]:
     """What ``result.json`` says."""
     part, low, high = overhead(alternation.seconds, arguments.seed)
-    rows = [row(scheme, alternation.seconds) for scheme in (WITHOUT, WITH)]
+    cpu_part, cpu_low, cpu_high = overhead(alternation.cpu_seconds, arguments.seed)
+    rows = [row(scheme, alternation.seconds, alternation.cpu_seconds) for scheme in (WITHOUT, WITH)]
     costs = costs_of_one()
     iteration_s = rows[0]["iteration_s_median"]
     each = max(costs["blocking_s"], costs["asynchronous_s"]) + costs["trace_s"]
@@ -207,6 +213,9 @@ def report(arguments: argparse.Namespace, alternation: Alternation) -> dict[str,
         "overhead": part,
         "overhead_low": low,
         "overhead_high": high,
+        "cpu_overhead": cpu_part,
+        "cpu_overhead_low": cpu_low,
+        "cpu_overhead_high": cpu_high,
         **costs,
         "recording_share": alternation.collectives * each / iteration_s,
     }
@@ -215,15 +224,17 @@ def report(arguments: argparse.Namespace, alternation: Alternation) -> dict[str,
 def print_result(result: dict[str, Any]) -> None:
     for line in result["rows"]:
         low, median, high = (1e3 * line[f"iteration_s_{name}"] for name in ("low", "median", "high"))
-        print(f"{line['tap']:8s} {line['iterations']} iterations, {median:.2f} ms (quartiles {low:.2f} to {high:.2f})")
-    print(
-        f"overhead {result['overhead']:+.2%} (95 %: {result['overhead_low']:+.2%} to {result['overhead_high']:+.2%}) "
-        f"with {result['collectives_per_iteration']} collectives an iteration"
-    )
+        print(
+            f"{line['tap']:8s} {line['iterations']} iterations, {median:.2f} ms (quartiles {low:.2f} to {high:.2f}), "
+            f"{1e3 * line['cpu_s_median']:.2f} ms of CPU"
+        )
+    for name, what in (("overhead", "of the time"), ("cpu_overhead", "of the CPU's time")):
+        low, high = result[f"{name}_low"], result[f"{name}_high"]
+        print(f"overhead {result[name]:+.2%} {what} (95 %: {low:+.2%} to {high:+.2%})")
     blocking, late, trace = (1e6 * result[name] for name in ("blocking_s", "asynchronous_s", "trace_s"))
     print(
-        f"one collective: {blocking:.1f} µs blocking, {late:.1f} µs asynchronous, and {trace:.1f} µs of the trace: "
-        f"{result['recording_share']:.2%} of an iteration"
+        f"one collective: {blocking:.1f} µs blocking, {late:.1f} µs asynchronous, and {trace:.1f} µs of the trace: with "
+        f"{result['collectives_per_iteration']} of them {result['recording_share']:.2%} of an iteration"
     )
 
 

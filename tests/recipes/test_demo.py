@@ -64,7 +64,7 @@ def test_a_good_report_has_no_problems() -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"lost_steps": 2}, "2 steps lost"),
+        ({"lost_steps": 3}, "3 steps lost"),
         ({"tiers": {"local_memory": 4, "remote_memory": 0, "persistent": 0}}, "expected"),
         ({"kind": "software"}, "expected"),
         ({"kind": "group", "nodes": [0, 1]}, "expected"),

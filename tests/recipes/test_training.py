@@ -31,7 +31,7 @@ def test_a_small_demo_proves_that_nothing_is_lost(tmp_path: Path, seed: int) -> 
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert [failure["kind"] for failure in report["failures"]] == ["software", "hardware"]
     assert [failure["tiers"]["remote_memory"] for failure in report["failures"]] == [0, 1]
-    assert all(failure["killed_pids"] and failure["lost_steps"] <= 1 for failure in report["failures"])
+    assert all(failure["killed_pids"] and failure["lost_steps"] <= 2 for failure in report["failures"])
     assert report["loss"]["bit_identical"] is True
     assert len(report["loss"]["interrupted"]) == 16
     assert report["loss"]["interrupted"][-1] < report["loss"]["interrupted"][0]

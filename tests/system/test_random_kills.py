@@ -55,7 +55,7 @@ def test_workers_and_nodes(train: Train, undisturbed: Undisturbed, seed: int, st
     for ranks, step in zip(recoveries, steps, strict=True):
         assert len(ranks) == NODES
         assert len({event["version"] for event in ranks}) == 1
-        assert ranks[0]["version"] >= step - 1, "one step lost at most"
+        assert ranks[0]["version"] >= step - 2, "a step, and one without a version while idle time is measured"
         assert {event["tier"] for event in ranks} <= {"local_memory", "remote_memory"}
     assert run.results() == undisturbed(stage)
 

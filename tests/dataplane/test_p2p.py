@@ -290,12 +290,22 @@ def test_breaking_off_wakes_both_ends(tmp_path: Path, threads: ThreadPoolExecuto
             end.result(10.0)
 
 
+@pytest.mark.parametrize("size", [0, 1, 400, 512, 4000])
+def test_a_payload_of_any_length_comes_with_its_frame(tmp_path: Path, threads: ThreadPoolExecutor, size: int) -> None:
+    source, holder = threads.map(lambda rank: open_pair(tmp_path / "pair", rank), (SOURCE, HOLDER))
+    payload = shard_bytes(OWNER, NEW, size)
+    for number in range(50):
+        source.send(Frame(Kind.REFUSE, number, NEW), payload)
+        frame, received = holder.receive()
+        assert (frame.owner, received) == (number, payload)
+    source.break_off()
+    holder.break_off()
+
+
 def test_a_damaged_payload_is_noticed(tmp_path: Path, threads: ThreadPoolExecutor) -> None:
     ends = list(threads.map(lambda rank: open_pair(tmp_path / "pair", rank), (SOURCE, HOLDER)))
     reading = threads.submit(ends[1].receive)
-    frame = Frame(Kind.REFUSE, OWNER, NEW, length=3, checksum=77)
-    for part in (frame.pack(), b"why"):
-        ends[0]._frames.send([torch.frombuffer(bytearray(part), dtype=torch.uint8)], HOLDER, 1).wait()
+    ends[0]._post((Frame(Kind.REFUSE, OWNER, NEW, length=3, checksum=77).pack() + b"why").ljust(512), 1)
     with pytest.raises(ProtocolError, match="damaged"):
         reading.result(10.0)
     for end in ends:

@@ -17,6 +17,7 @@ from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.controlplane.refusal import report_refusal
 from lightning_gemini.core.recovery import Tier, VersionId
 from lightning_gemini.dataplane import shard
+from lightning_gemini.dataplane.pace_page import Pace
 from lightning_gemini.dataplane.snapshot import Snapshotter
 from lightning_gemini.errors import GeminiError
 from tests.simulation import truth
@@ -130,6 +131,7 @@ class Trainer:
 
     def _open(self, found: VersionId | None) -> VersionPublisher:
         self._slab = self._memory.attach(self._layout().total_bytes)
+        self._pace()
         self._snapshotter = Snapshotter(self._memory.client.notify, torch.device("cpu"))
         self._snapshotter.start()
         return VersionPublisher(
@@ -143,6 +145,15 @@ class Trainer:
             declined=None,
             record=lambda costs: None,
         )
+
+    def _pace(self) -> None:
+        """Every other rank's versions travel in pieces while it computes; in the next run of the workers the others'."""
+        if (self._rank + self._memory.generation) % 2:
+            usable_s = [self._program.step_s / 2, 0.0]
+            self._slab.pace.set_plan(
+                usable_s, bandwidth_bytes_per_s=1e6, startup_s=0.0, chunk_bytes=200, window_bytes=800
+            )
+            self._slab.pace.set_pace(Pace.PACED)
 
     def _layout(self) -> shard.Layout:
         return shard.lay_out({"tensor": self._tensor}, {"step": self._step, "weight": self._weight})
@@ -167,9 +178,12 @@ class Trainer:
             self._checks.published(self._rank)
 
     def _take_step(self, publisher: VersionPublisher) -> None:
-        scheduler, step = Active.scheduler, self._step + 1
+        scheduler, step, pace = Active.scheduler, self._step + 1, self._slab.pace
+        pace.open_span(0)
         scheduler.sleep(self._program.step_s * (0.8 + 0.4 * scheduler.random.random()))
+        pace.close_span()
         total = self._training.total(truth.gradient(self._rank, step, self._weight))
+        pace.open_span(1)
         publisher.before_step()
         self._weight = truth.updated(self._rank, step, self._weight, total)
         self._tensor.copy_(_INDICES * self._weight)  # in place, as optimizers do

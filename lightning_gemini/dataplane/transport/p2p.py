@@ -24,12 +24,7 @@ import queue
 import struct
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-import torch
-import torch.distributed as dist
 
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.pace_page import Pace
@@ -37,6 +32,7 @@ from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.transport import pair as pairs
 from lightning_gemini.dataplane.transport.chunk_stream import SLOWEST_READ_BYTES_PER_S
+from lightning_gemini.dataplane.transport.outgoing import Outgoing, checksum_table
 from lightning_gemini.dataplane.transport.pair import Pair
 from lightning_gemini.dataplane.transport.sub_buffers import SubBuffers, host_bytes
 from lightning_gemini.dataplane.wire import MAX_CHUNK_BYTES, Frame, Kind
@@ -47,63 +43,12 @@ ANSWER_TIMEOUT_S = 60.0
 GOODBYE = Frame(Kind.END)
 BUFFERS = struct.Struct("<QQ")
 _POLL_S = 0.0005
+_LOOK_S = 0.01
 _GOODBYE_TIMEOUT_S = 2.0
-_GROWING_S = 0.005
 
 
 class RefusedError(ProtocolError):
     """The holder does not take the version; the connection is good for the next one."""
-
-
-def chunks_ended(buffer: Buffer, end_byte: int) -> int:
-    """The number of the shard's chunks that lie before ``end_byte``."""
-    return buffer.chunks if end_byte == buffer.data_bytes else end_byte // buffer.chunk_bytes
-
-
-def checksum_table(buffer: Buffer, begin_byte: int, end_byte: int) -> bytes:
-    """The checksums of the chunks that end within a piece."""
-    ended = range(chunks_ended(buffer, begin_byte), chunks_ended(buffer, end_byte))
-    return struct.pack(f"<{len(ended)}Q", *(buffer.checksum(index) for index in ended))
-
-
-@dataclass(slots=True)
-class _Outgoing:
-    """A version on its way.
-
-    Attributes:
-        piece_bytes: Size of a sub-buffer; 0: pieces of any size.
-        offset: Bytes sent.
-        uncredited: Pieces that the holder has not copied out yet: bytes, and their sending.
-    """
-
-    buffer: Buffer
-    version: VersionId
-    data_bytes: int
-    sub_buffers: int
-    piece_bytes: int
-    source: torch.Tensor
-    offset: int = 0
-    pieces: int = 0
-    ready: int = 0
-    grew: float = 0.0
-    heard: float = field(default_factory=time.monotonic)
-    uncredited: deque[tuple[int, dist.Work]] = field(default_factory=deque)
-
-    @property
-    def in_flight(self) -> int:
-        return sum(size for size, _ in self.uncredited)
-
-    def sendable(self) -> int:
-        """Bytes that the writer has sealed and a sub-buffer can take."""
-        if len(self.uncredited) >= self.sub_buffers:
-            return 0
-        ready = min(self.buffer.chunks_ready * self.buffer.chunk_bytes, self.data_bytes)
-        if self.piece_bytes:
-            return min(ready - self.offset, self.piece_bytes)
-        if ready != self.ready:
-            self.ready, self.grew = ready, time.monotonic()
-        growing = ready < self.data_bytes and time.monotonic() - self.grew < _GROWING_S
-        return 0 if growing else min(ready - self.offset, MAX_CHUNK_BYTES)  # the one piece of a span is to be large
 
 
 class P2pTransport:
@@ -202,9 +147,9 @@ class P2pTransport:
         size, chunk_bytes = buffer.data_bytes, buffer.chunk_bytes
         if buffer.id != version:  # overwritten meanwhile: the sizes may be the next version's
             return False
-        outgoing = self._outgoing(buffer, version, size, pacer)
         generation = self._generation
         begin = Frame(Kind.BEGIN, buffer.owner, version, size, chunk_bytes, sender_generation=generation, kept=kept)
+        outgoing = self._outgoing(buffer, begin, pacer)
         pair.send(begin, BUFFERS.pack(outgoing.sub_buffers, outgoing.piece_bytes))
         patience_s = ANSWER_TIMEOUT_S + size / SLOWEST_READ_BYTES_PER_S
         if self._answer(begin, patience_s, Kind.WANT, Kind.HAVE).kind is Kind.HAVE:
@@ -222,20 +167,19 @@ class P2pTransport:
             pass  # credits for the last pieces
         return True
 
-    def _outgoing(self, buffer: Buffer, version: VersionId, size: int, pacer: Pacer | None) -> _Outgoing:
+    def _outgoing(self, buffer: Buffer, begin: Frame, pacer: Pacer | None) -> Outgoing:
         plan = pacer.page.plan() if pacer is not None and pacer.page.pace is Pace.PACED else None
         count, piece_bytes = self._count, self._buffer_bytes // self._count
         if plan is not None:
             piece_bytes = 0 if plan.one_chunk else plan.chunk_bytes
             count = 1 if plan.one_chunk else max(1, plan.window_bytes // plan.chunk_bytes)
-        if not buffer.fits(size):
+        if not buffer.fits(begin.size):
             buffer.remap()
-        source = host_bytes(buffer.data)
-        piece_bytes = min(piece_bytes, size, MAX_CHUNK_BYTES)
+        piece_bytes = min(piece_bytes, begin.size, MAX_CHUNK_BYTES)
         self._sub_buffers.count = count
-        return _Outgoing(buffer, version, size, count, piece_bytes, source)
+        return Outgoing(buffer, begin, count, piece_bytes, host_bytes(buffer.data))
 
-    def _stream(self, pair: Pair, outgoing: _Outgoing, still_wanted: Callable[[], bool], pacer: Pacer | None) -> bool:
+    def _stream(self, pair: Pair, outgoing: Outgoing, still_wanted: Callable[[], bool], pacer: Pacer | None) -> bool:
         """Send every piece as soon as it is sealed and allowed; false when the version is given up on the way."""
         while outgoing.offset < outgoing.data_bytes:
             if outgoing.buffer.id != outgoing.version or not still_wanted():
@@ -248,10 +192,20 @@ class P2pTransport:
                 if pacer is not None:
                     pacer.page.note_sent(outgoing.offset)
                     pacer.page.note_in_flight(outgoing.in_flight)
-            self._take_credits(outgoing, 0.0 if size else _POLL_S)
+                self._take_credits(outgoing, 0.0)
+            else:
+                self._wait_for_change(outgoing, pacer)
         return outgoing.buffer.id == outgoing.version
 
-    def _send_piece(self, pair: Pair, outgoing: _Outgoing, size: int) -> None:
+    def _wait_for_change(self, outgoing: Outgoing, pacer: Pacer | None) -> None:
+        """Until it is worth asking again. This runs beside the training thread, so a look must cost next to nothing."""
+        deadline = time.monotonic() + _LOOK_S
+        conditions = _conditions(outgoing, pacer)
+        while not self._take_credits(outgoing, _POLL_S):
+            if _conditions(outgoing, pacer) != conditions or time.monotonic() > deadline:
+                return
+
+    def _send_piece(self, pair: Pair, outgoing: Outgoing, size: int) -> None:
         buffer, begin, end = outgoing.buffer, outgoing.offset, outgoing.offset + size
         pair.send(Frame(Kind.CHUNK, buffer.owner, outgoing.version, begin, size), checksum_table(buffer, begin, end))
         work = self._sub_buffers.send(pair, outgoing.pieces, outgoing.source[begin:end])
@@ -260,19 +214,20 @@ class P2pTransport:
         outgoing.uncredited.append((size, work))
         outgoing.offset, outgoing.pieces = end, outgoing.pieces + 1
 
-    def _take_credits(self, outgoing: _Outgoing, patience_s: float) -> None:
+    def _take_credits(self, outgoing: Outgoing, patience_s: float) -> bool:
         """See what the holder has copied out; waits a little for it where there is nothing else to do."""
-        wanted = Frame(Kind.BEGIN, outgoing.buffer.owner, outgoing.version)
-        while True:
+        heard = False
+        while not self._answers.empty() or (patience_s and not heard):
             try:
-                credit = self._answer(wanted, patience_s, Kind.WANT)
+                credit = self._answer(outgoing.begin, patience_s, Kind.WANT)
             except TimeoutError:
                 break
-            outgoing.heard, patience_s = time.monotonic(), 0.0
+            outgoing.heard, heard, patience_s = time.monotonic(), True, 0.0
             while outgoing.uncredited and outgoing.pieces - len(outgoing.uncredited) < credit.size:
                 pairs.wait(outgoing.uncredited.popleft()[1])
         if outgoing.uncredited and time.monotonic() - outgoing.heard > ANSWER_TIMEOUT_S:
             raise TimeoutError(f"machine {self._machine} took no piece for {ANSWER_TIMEOUT_S:.0f} s")
+        return heard
 
     def _give_up(self, pair: Pair, begin: Frame) -> None:
         """Agree with the holder on where the next version begins."""
@@ -322,6 +277,12 @@ class P2pTransport:
         if frame.kind not in expected:
             raise ProtocolError(f"machine {self._machine} answered {frame.kind.name}, expected {expected}")
         return frame
+
+
+def _conditions(outgoing: Outgoing, pacer: Pacer | None) -> tuple[int, ...]:
+    """What may change that lets more bytes go, besides a credit."""
+    ready = outgoing.buffer.chunks_ready
+    return (ready,) if pacer is None else (ready, pacer.page.marks()[0], pacer.page.rushing, pacer.page.pace)
 
 
 def _read_answers(pair: Pair, answers: queue.SimpleQueue[tuple[Frame, bytes] | Exception]) -> None:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.transport.chunk_stream import require_wanted, seal_verified
-from lightning_gemini.dataplane.transport.p2p import BUFFERS, GOODBYE, chunks_ended
+from lightning_gemini.dataplane.transport.outgoing import chunks_ended
+from lightning_gemini.dataplane.transport.p2p import BUFFERS, GOODBYE
 from lightning_gemini.dataplane.transport.pair import Pair
 from lightning_gemini.dataplane.transport.sub_buffers import Arrival, SubBuffers, host_bytes
 from lightning_gemini.dataplane.wire import MAX_CHUNK_BYTES, MAX_REASON_BYTES, Frame, Kind
@@ -168,14 +169,15 @@ class P2pReceiver:
         """Take every piece; returns what to answer at the end, if that was not said yet."""
         begin, refused = incoming.begin, False
         look: Callable[[], object] = incoming.require_wanted
-        while True:
+        ended = False
+        while not ended:
             try:
                 news = self._next(look)
+                ended = news.frame.kind is Kind.END
                 if news.frame.kind is Kind.ABORT:
                     return Kind.ABORT
                 if refused:
-                    if self._skip(news):
-                        return None
+                    self._skip(news)
                 elif incoming.take(news):
                     return Kind.ACK
                 else:
@@ -185,12 +187,12 @@ class P2pReceiver:
                 refused, look = True, _look_at_nothing
                 self._desk.end()  # at once: a recovery may be waiting for it
                 _refuse(pair, begin, error)
+        return None
 
-    def _skip(self, news: _News) -> bool:
-        """Pass over what the owner sent before it heard the refusal; true at the end."""
+    def _skip(self, news: _News) -> None:
+        """Pass over what the owner sent before it heard the refusal."""
         if news.arrival is not None:
             self.sub_buffers.discard(news.arrival)
-        return news.frame.kind is Kind.END
 
 
 class _Incoming:

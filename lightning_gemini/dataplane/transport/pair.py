@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,10 @@ from lightning_gemini.errors import ProtocolError
 
 SOURCE, HOLDER = 0, 1
 """Ranks in the pair: whose shard it is, and who keeps a copy."""
-_FRAMES, _BYTES, _NOTHING = 1, 2, 3  # tags
+_FRAMES, _PAYLOADS, _BYTES, _NOTHING = 1, 2, 3, 4  # tags
+_MESSAGE_BYTES = 512
+_INLINE_BYTES = _MESSAGE_BYTES - FRAME_BYTES
+_AHEAD, _MOST_POSTED = 4, 32
 _POLL_S = 0.02
 _FOREVER = datetime.timedelta(days=365)
 _AT_ONCE = datetime.timedelta(milliseconds=1)
@@ -41,6 +45,8 @@ class Pair:
 
     def __init__(self, frames: Any, data: Any, rank: int) -> None:  # torch has no types for them
         self._frames, self._data, self._other = frames, data, 1 - rank
+        self._posted: deque[tuple[torch.Tensor, dist.Work]] = deque()
+        self._awaited: deque[tuple[bytearray, dist.Work]] = deque()
         self._breaking = threading.Lock()
 
     @classmethod
@@ -74,17 +80,23 @@ class Pair:
             return cls(frames, _nccl(PrefixStore("bytes", store), rank), rank)
 
     def send(self, frame: Frame, payload: bytes = b"") -> None:
-        """Send a frame and its payload; returns when the other end takes them.
+        """Send a frame and its payload; does not wait for the other end.
 
         Raises:
             ConnectionError: It is gone.
         """
         if payload:
             frame = dataclasses.replace(frame, length=len(payload), checksum=xxhash.xxh3_64_intdigest(payload))
+        self._post((frame.pack() + payload[:_INLINE_BYTES]).ljust(_MESSAGE_BYTES, b"\0"), _FRAMES)
+        if len(payload) > _INLINE_BYTES:
+            self._post(payload[_INLINE_BYTES:], _PAYLOADS)
+
+    def _post(self, message: bytes, tag: int) -> None:
+        memory = torch.frombuffer(bytearray(message), dtype=torch.uint8)
         with _connection_errors():
-            for part in (frame.pack(), payload) if payload else (frame.pack(),):
-                message = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-                self._frames.send([message], self._other, _FRAMES).wait(_FOREVER)
+            self._posted.append((memory, self._frames.send([memory], self._other, tag)))
+            if len(self._posted) > _MOST_POSTED:  # gloo forgets what nobody keeps
+                self._posted.popleft()[1].wait(_FOREVER)
 
     def receive(self) -> tuple[Frame, bytes]:
         """Wait for a frame; its payload comes with it.
@@ -93,18 +105,21 @@ class Pair:
             ProtocolError: It is damaged, or its length beyond its cap.
             ConnectionError: The other end is gone.
         """
-        frame = wire.unpack(self._receive(FRAME_BYTES))
-        payload = bytes(self._receive(frame.length)) if frame.length else b""
+        while len(self._awaited) < _AHEAD:  # gloo sends at once what is awaited already
+            self._awaited.append(self._await(_MESSAGE_BYTES, _FRAMES))
+        message = _finish(*self._awaited.popleft())
+        frame = wire.unpack(message[:FRAME_BYTES])
+        payload = message[FRAME_BYTES : FRAME_BYTES + min(frame.length, _INLINE_BYTES)]
+        if frame.length > _INLINE_BYTES:
+            payload += _finish(*self._await(frame.length - _INLINE_BYTES, _PAYLOADS))
         if payload and xxhash.xxh3_64_intdigest(payload) != frame.checksum:
             raise ProtocolError(f"the payload of a {frame.kind.name} frame was damaged on the way")
         return frame, payload
 
-    def _receive(self, size: int) -> bytearray:
-        raw = bytearray(size)
+    def _await(self, size: int, tag: int) -> tuple[bytearray, dist.Work]:
+        memory = bytearray(size)
         with _connection_errors():
-            target = torch.frombuffer(raw, dtype=torch.uint8)
-            self._frames.recv([target], self._other, _FRAMES).wait(_FOREVER)
-        return raw
+            return memory, self._frames.recv([torch.frombuffer(memory, dtype=torch.uint8)], self._other, tag)
 
     def send_bytes(self, source: torch.Tensor) -> dist.Work:
         """Start sending bytes from the pair's device; they must stay as they are until the other end has them."""
@@ -128,6 +143,11 @@ class Pair:
             self._frames.recv([nothing], self._other, _NOTHING).wait(_AT_ONCE)
         if self._data is not self._frames:
             self._data.abort()
+
+
+def _finish(memory: bytearray, work: dist.Work) -> bytes:
+    wait(work)
+    return bytes(memory)
 
 
 def wait(work: dist.Work) -> None:

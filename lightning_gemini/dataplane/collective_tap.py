@@ -7,9 +7,8 @@ with ``torch.distributed`` directly (Lightning's ``sync_dist``, this package's o
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -134,7 +133,7 @@ class CollectiveTap:
         if listener is None:
             return None
         try:
-            return listener.began(name, max(map(_bytes_of, itertools.chain(args, kwargs.values())), default=0))
+            return listener.began(name, _largest_bytes((*args, *kwargs.values())))
         except Exception as error:
             self._fall_silent(error)
             return None
@@ -175,12 +174,19 @@ class _TappedBackend:
         return getattr(self.tapped_backend, name)
 
 
-def _bytes_of(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, list | tuple):
-        return sum(map(_bytes_of, value))
-    return 0
+def _largest_bytes(values: Iterable[Any]) -> int:
+    """Bytes of the largest tensor or list of tensors. It runs before every collective: a loop is quicker than `max`."""
+    largest = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            size_bytes = value.numel() * value.element_size()
+        elif isinstance(value, (list, tuple)):
+            size_bytes = sum(_largest_bytes((part,)) for part in value)
+        else:
+            continue
+        if size_bytes > largest:
+            largest = size_bytes
+    return largest
 
 
 def _future_of(work: Any) -> Any:

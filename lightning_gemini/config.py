@@ -41,8 +41,8 @@ class CheckpointConfig:
         profile_iterations: Iterations without checkpoint traffic that a profile of the idle spans takes.
         overhead_budget: What an iteration may take longer because of checkpoints, as a fraction; where the idle spans
             are too short for that, versions are taken less often.
-        buffer_bytes: Most bytes in flight (R in GEMINI); ``None``: 128 MiB with transport ``p2p``, and with ``tcp`` what
-            the link carries in a few milliseconds.
+        buffer_bytes: Most bytes in flight (R in GEMINI); ``None``: 128 MiB with transport ``p2p``, and with ``tcp``
+            what the link carries in a few milliseconds.
         sub_buffers: Chunks that these are cut into (p in GEMINI).
         safety: Part of a mean idle span that is used (μ in GEMINI); the rest is for the spans' variance.
         idle_timeout_s: An agent that no worker uses goes away after this many seconds and frees its memory.

@@ -10,51 +10,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from lightning_gemini.callbacks.publisher import Votes
 from lightning_gemini.callbacks.ranks import RankGroup
+from lightning_gemini.callbacks.traffic_plan import Plan, Planner, figures, sentence
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.core.drift import DriftWatch
-from lightning_gemini.core.frequency import Cadence, choose_every
 from lightning_gemini.core.idle_spans import IdleProfile, IterationTrace, average
-from lightning_gemini.core.scheme import Chunking, Scheme, chunking
+from lightning_gemini.core.scheme import Scheme
 from lightning_gemini.dataplane import shard
 from lightning_gemini.dataplane.link_speed import LinkSpeed
-from lightning_gemini.dataplane.pace_page import Pace
 from lightning_gemini.dataplane.profiler import Profiler
 from lightning_gemini.dataplane.slab import Slab
-from lightning_gemini.errors import ConfigurationError, GeminiError
+from lightning_gemini.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
 
-_MOST_ITERATIONS = 1000
 _PATIENCE = 5  # profiling is given up after so many times the iterations that it should take
 _REVISIT_ITERATIONS = 500
 _LEAST_SHARE = 0.25
 _LESS = 0.8
-_CHUNK_S = 0.002
-_LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 16 << 10, 32 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What one rank makes of its profile.
-
-    Attributes:
-        profile: Its idle spans.
-        cadence: How often a version fits.
-        chunking: How it is cut.
-        link: How fast it travels.
-    """
-
-    profile: IdleProfile
-    cadence: Cadence
-    chunking: Chunking
-    link: LinkSpeed
 
 
 class TrafficScheduler:
@@ -87,7 +65,8 @@ class TrafficScheduler:
         announce: Callable[[str, dict[str, Any]], None],
     ) -> None:
         self._config, self._slab, self._group, self._profiler = config, slab, group, profiler
-        self._measure_link, self._replicas, self._announce = measure_link, replicas, announce
+        self._measure_link, self._announce = measure_link, announce
+        self._planner = Planner(config, replicas)
         self.scheme = Scheme(config.schedule)
         self.plan: Plan | None = None
         self.last_trace: IterationTrace | None = None
@@ -113,10 +92,12 @@ class TrafficScheduler:
             packed_profile: See :attr:`packed_profile`; ``None`` where training starts anew.
         """
         if self._profiler is None:
-            return self._apply()
+            return self._planner.apply(self._slab.pace, self.scheme, None)
         self._link = self._measure_link()
-        if None in self._group.gather(None if self._slab.newest_started() is None else packed_profile):
-            return self._apply()
+        known = packed_profile is not None and self._slab.newest_started() is not None
+        if not all(self._group.gather(known)):
+            return self._planner.apply(self._slab.pace, self.scheme, None)
+        assert packed_profile is not None
         self._candidate = shard.unpack(packed_profile)
         return self._make_plan(step)
 
@@ -131,7 +112,7 @@ class TrafficScheduler:
         if Scheme(name).paced and self._profiler is None:
             raise ConfigurationError(f"schedule {name!r} needs a profile: start with it, and with 2 replicas or more")
         self.scheme = Scheme(name)
-        self._apply()
+        self._planner.apply(self._slab.pace, self.scheme, self.plan)
         self._watch_plan()
 
     # -- at every boundary, in this order ----------------------------------------------------------------------------
@@ -149,10 +130,8 @@ class TrafficScheduler:
         finished = self._profiler.begin_iteration(step)
         if finished is not None:
             self._take(*finished)
-        if waited_s is not None and self._watch is not None and self.scheme.paced:
-            if (reason := self._watch.take_wait(waited_s)) and not self.votes.profile:
-                self._share = max(_LEAST_SHARE, self._share * _LESS)
-                self._wish_profile(reason)
+        if waited_s is not None and self.scheme.paced:
+            self._take_wait(waited_s)
         if agreed.plan and self._profiling:
             self._make_plan(step)
         elif agreed.profile and not self._profiling:
@@ -191,6 +170,12 @@ class TrafficScheduler:
         elif self._watch is not None and scheme.paced and (reason := self._watch.take_iteration(trace)):
             self._wish_profile(reason)
 
+    def _take_wait(self, waited_s: float) -> None:
+        reason = self._watch.take_wait(waited_s) if self._watch is not None else None
+        if reason is not None and not self.votes.profile:
+            self._share = max(_LEAST_SHARE, self._share * _LESS)
+            self._wish_profile(reason)
+
     def _collect(self, trace: IterationTrace) -> None:
         if self._traces and self._traces[-1].shape != trace.shape:
             self._traces.clear()
@@ -220,101 +205,48 @@ class TrafficScheduler:
         if None in self._group.gather(self._link):
             self._link = self._measure_link()
         self.plan = self._own_plan()
-        told = self._group.gather(self.plan and _figures(self.plan))
-        self._profiling, self._planned_at, self.votes.plan = False, step, False
+        told = self._group.gather(self.plan and figures(self.plan))
+        self._profiling, self._planned_at = False, step
+        self.votes.plan = self.votes.profile = False
         self._candidate = None
         self._traces.clear()
         if self.plan is None or None in told:
-            self.plan, self._watch, self._every = None, None, self._config.checkpoint_every
-            self.packed_profile = None
-            self._tell_unscheduled(told.index(None))
+            self._go_unscheduled(told.index(None))
         else:
-            self._every = max(self._config.checkpoint_every, *(figures["every"] for figures in told))
-            self.packed_profile = shard.pack(self.plan.profile)
-            self._watch_plan()
-            self._tell(max(told, key=lambda figures: (figures["every"], figures["overhead"])))
-        self._apply()
-
-    def _watch_plan(self) -> None:
-        if self.plan is not None:
-            budget_s = self._config.overhead_budget * self._every * self.plan.profile.iteration_s
-            self._watch = DriftWatch(self.plan.profile, budget_s)
+            self._follow(self.plan, told)
+        self._planner.apply(self._slab.pace, self.scheme, self.plan)
 
     def _own_plan(self) -> Plan | None:
         newest = self._slab.newest_started()
         if self._candidate is None or self._link is None or newest is None:
             return None
         link = LinkSpeed(self._link.bandwidth_bytes_per_s * self._share, self._link.startup_s)
-        try:
-            return self._plan_for(self._candidate, link, newest.data_bytes)
-        except GeminiError as error:
-            log.warning("cannot schedule checkpoint traffic: %s", error)
-            return None
-
-    def _plan_for(self, profile: IdleProfile, link: LinkSpeed, shard_bytes: int) -> Plan:
         scheme = self.scheme if self.scheme.paced else Scheme.INTERLEAVED
-        cut = chunking(scheme, shard_bytes, self._buffer_bytes(link), self._config.sub_buffers)
-        cadence = choose_every(
-            profile.means_s,
-            profile.deadline,
-            profile.iteration_s,
-            shard_bytes,
-            budget=self._config.overhead_budget,
-            limit=_MOST_ITERATIONS,
-            replicas=self._replicas,
-            bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
-            startup_s=link.startup_s,
-            buffer_bytes=cut.window_bytes,
-            sub_buffers=cut.sub_buffers,
-            safety=self._config.safety,
-        )
-        return Plan(profile, cadence, cut, link)
+        return self._planner.plan(scheme, self._candidate, link, newest.data_bytes)
 
-    def _buffer_bytes(self, link: LinkSpeed) -> int:
-        if self._config.buffer_bytes is not None:
-            return self._config.buffer_bytes
-        if self._config.transport == "p2p":
-            return 128 << 20
-        chunk_bytes = int(link.bandwidth_bytes_per_s * _CHUNK_S)
-        return self._config.sub_buffers * min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
-
-    def _apply(self) -> None:
-        """Tell whoever sends."""
-        page, plan = self._slab.pace, self.plan
-        if plan is None or not self.scheme.paced:
-            page.set_pace(Pace.FREE)
-            return
-        newest = self._slab.newest_started()
-        shard_bytes = newest.data_bytes if newest is not None else 0
-        cut = chunking(self.scheme, shard_bytes, self._buffer_bytes(plan.link), self._config.sub_buffers)
-        page.set_plan(
-            [self._config.safety * mean_s for mean_s in plan.profile.means_s],
-            bandwidth_bytes_per_s=plan.link.bandwidth_bytes_per_s,
-            startup_s=plan.link.startup_s,
-            chunk_bytes=cut.chunk_bytes,
-            window_bytes=cut.window_bytes,
-            one_chunk=cut.one_chunk,
-            iteration_s=plan.profile.iteration_s,
-        )
-        page.set_pace(Pace.PACED)
-
-    def _tell(self, slowest: dict[str, Any]) -> None:
-        aim = self._config.checkpoint_every
-        text = (
-            f"an iteration of {slowest['iteration_s']:.3g} s leaves the network idle for {slowest['idle_s']:.3g} s, "
-            f"a checkpoint takes {slowest['checkpoint_s']:.3g} s of it"
-        )
-        if self._every > aim:
-            text += f": too little for one every {aim}; taking one every {self._every} iterations"
-        fits = self._every == aim and slowest["overhead"] <= self._config.overhead_budget
-        self._announce(text, {**slowest, "scheme": self.scheme.value, "every": self._every, "fits": fits})
-
-    def _tell_unscheduled(self, rank: int) -> None:
+    def _go_unscheduled(self, rank: int) -> None:
+        self.plan = self._watch = self.packed_profile = None
+        self._every = self._config.checkpoint_every
         text = (
             f"checkpoints travel unscheduled: rank {rank} found no repeating pattern of idle spans, or could not "
             "measure its link"
         )
         self._announce(text, {"scheme": self.scheme.value, "every": self._every, "fits": None})
+
+    def _follow(self, plan: Plan, told: list[dict[str, Any]]) -> None:
+        aim = self._config.checkpoint_every
+        slowest = max(told, key=lambda each: (each["every"], each["overhead"]))
+        self._every = max(aim, slowest["every"])
+        self.packed_profile = shard.pack(plan.profile)
+        self._watch_plan()
+        fits = self._every == aim and slowest["overhead"] <= self._config.overhead_budget
+        fields = {**slowest, "scheme": self.scheme.value, "every": self._every, "fits": fits}
+        self._announce(sentence(slowest, self._every, aim), fields)
+
+    def _watch_plan(self) -> None:
+        if self.plan is not None and not self._profiling:
+            budget_s = self._config.overhead_budget * self._every * self.plan.profile.iteration_s
+            self._watch = DriftWatch(self.plan.profile, budget_s)
 
     # -- the local copy ------------------------------------------------------------------------------------------------
 
@@ -327,17 +259,3 @@ class TrafficScheduler:
         if newest is None:
             return True
         return newest.chunks_ready * newest.chunk_bytes < page.sent + plan.chunking.window_bytes + newest.chunk_bytes
-
-
-def _figures(plan: Plan) -> dict[str, Any]:
-    sent = [chunk for span in plan.cadence.schedule.spans for chunk in span]
-    size_bytes = sum(chunk.size_bytes for chunk in sent)
-    return {
-        "iteration_s": plan.profile.iteration_s,
-        "idle_s": plan.profile.idle_s,
-        "every": plan.cadence.every,
-        "checkpoint_s": size_bytes / plan.link.bandwidth_bytes_per_s + len(sent) * plan.link.startup_s,
-        "overhead": plan.cadence.overhead,
-        "bandwidth_bytes_per_s": plan.link.bandwidth_bytes_per_s,
-        "startup_s": plan.link.startup_s,
-    }

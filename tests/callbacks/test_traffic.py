@@ -222,7 +222,7 @@ def test_none_takes_no_version(slab: Slab) -> None:
 
 def test_wrong_names_and_schemes_without_a_profile_are_refused(slab: Slab) -> None:
     world = World(slab)
-    with pytest.raises(ConfigurationError, match="schedule must be one of interleaved, .*got 'eagre'"):
+    with pytest.raises(ConfigurationError, match=r"schedule must be one of interleaved, .*got 'eagre'"):
         world.traffic.set_scheme("eagre")
     config = CheckpointConfig(schedule="eager")
     alone = TrafficScheduler(config, slab, Alone(), None, lambda: None, 1, lambda *_: None)  # type: ignore[arg-type]

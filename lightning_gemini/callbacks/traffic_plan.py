@@ -1,0 +1,136 @@
+"""What one rank makes of its profile: how often a version fits the network's idle spans, and how it is cut."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.core.frequency import Cadence, choose_every
+from lightning_gemini.core.idle_spans import IdleProfile
+from lightning_gemini.core.scheme import Chunking, Scheme, chunking
+from lightning_gemini.dataplane.link_speed import LinkSpeed
+from lightning_gemini.dataplane.pace_page import Pace, PacePage
+from lightning_gemini.errors import GeminiError
+
+__all__ = ["Plan", "Planner", "figures", "sentence"]
+
+log = logging.getLogger(__name__)
+
+_MOST_ITERATIONS = 1000
+_CHUNK_S = 0.002
+_LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 16 << 10, 32 << 20
+_P2P_BUFFER_BYTES = 128 << 20  # R in GEMINI
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """For one rank.
+
+    Attributes:
+        profile: Its idle spans.
+        cadence: How often a version fits.
+        chunking: How it is cut.
+        link: How fast it travels.
+        shard_bytes: How large it is.
+    """
+
+    profile: IdleProfile
+    cadence: Cadence
+    chunking: Chunking
+    link: LinkSpeed
+    shard_bytes: int
+
+
+class Planner:
+    """Makes plans, and tells them to whoever sends.
+
+    Args:
+        config: The strategy's settings.
+        replicas: Copies of every shard, the owner's own included.
+    """
+
+    def __init__(self, config: CheckpointConfig, replicas: int) -> None:
+        self._config, self._replicas = config, replicas
+
+    def plan(self, scheme: Scheme, profile: IdleProfile, link: LinkSpeed, shard_bytes: int) -> Plan | None:
+        """A plan for one of the paced schemes; ``None``, and a warning, where none can be made."""
+        cut = self._cut(scheme, link, shard_bytes)
+        try:
+            cadence = choose_every(
+                profile.means_s,
+                profile.deadline,
+                profile.iteration_s,
+                shard_bytes,
+                budget=self._config.overhead_budget,
+                limit=_MOST_ITERATIONS,
+                replicas=self._replicas,
+                bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
+                startup_s=link.startup_s,
+                buffer_bytes=cut.window_bytes,
+                sub_buffers=cut.sub_buffers,
+                safety=self._config.safety,
+            )
+        except GeminiError as error:
+            log.warning("cannot schedule checkpoint traffic: %s", error)
+            return None
+        return Plan(profile, cadence, cut, link, shard_bytes)
+
+    def apply(self, page: PacePage, scheme: Scheme, plan: Plan | None) -> None:
+        """Tell whoever sends what to do from now on; without a plan everything goes at once."""
+        if plan is None or not scheme.paced:
+            page.set_pace(Pace.FREE)
+            return
+        cut = self._cut(scheme, plan.link, plan.shard_bytes)
+        page.set_plan(
+            [self._config.safety * mean_s for mean_s in plan.profile.means_s],
+            bandwidth_bytes_per_s=plan.link.bandwidth_bytes_per_s,
+            startup_s=plan.link.startup_s,
+            chunk_bytes=cut.chunk_bytes,
+            window_bytes=cut.window_bytes,
+            one_chunk=cut.one_chunk,
+            iteration_s=plan.profile.iteration_s,
+        )
+        page.set_pace(Pace.PACED)
+
+    def _cut(self, scheme: Scheme, link: LinkSpeed, shard_bytes: int) -> Chunking:
+        return chunking(scheme, shard_bytes, self._buffer_bytes(link), self._config.sub_buffers)
+
+    def _buffer_bytes(self, link: LinkSpeed) -> int:
+        if self._config.buffer_bytes is not None:
+            return self._config.buffer_bytes
+        if self._config.transport == "p2p":
+            return _P2P_BUFFER_BYTES
+        chunk_bytes = int(link.bandwidth_bytes_per_s * _CHUNK_S)
+        return self._config.sub_buffers * min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+
+
+def figures(plan: Plan) -> dict[str, Any]:
+    """A plan's numbers, for other ranks and for the event log; seconds, bytes a second, and fractions."""
+    sent = [chunk for span in plan.cadence.schedule.spans for chunk in span]
+    size_bytes = sum(chunk.size_bytes for chunk in sent)
+    return {
+        "iteration_s": plan.profile.iteration_s,
+        "idle_s": plan.profile.idle_s,
+        "every": plan.cadence.every,
+        "checkpoint_s": size_bytes / plan.link.bandwidth_bytes_per_s + len(sent) * plan.link.startup_s,
+        "overhead": plan.cadence.overhead,
+        "bandwidth_bytes_per_s": plan.link.bandwidth_bytes_per_s,
+        "startup_s": plan.link.startup_s,
+    }
+
+
+def sentence(slowest: dict[str, Any], every: int, aim: int) -> str:
+    """What was decided, in words.
+
+    Args:
+        slowest: The figures of the rank that decides.
+        every: Iterations from version to version.
+        aim: What the user asked for.
+    """
+    text = (
+        f"an iteration of {slowest['iteration_s']:.3g} s leaves the network idle for {slowest['idle_s']:.3g} s, "
+        f"a checkpoint takes {slowest['checkpoint_s']:.3g} s of it"
+    )
+    return text if every <= aim else f"{text}: too little for one every {aim}; taking one every {every} iterations"

@@ -233,8 +233,8 @@ def print_result(result: dict[str, Any]) -> None:
         print(f"overhead {result[name]:+.2%} {what} (95 %: {low:+.2%} to {high:+.2%})")
     blocking, late, trace = (1e6 * result[name] for name in ("blocking_s", "asynchronous_s", "trace_s"))
     print(
-        f"one collective: {blocking:.1f} µs blocking, {late:.1f} µs asynchronous, and {trace:.1f} µs of the trace: with "
-        f"{result['collectives_per_iteration']} of them {result['recording_share']:.2%} of an iteration"
+        f"one collective: {blocking:.1f} µs blocking, {late:.1f} µs asynchronous, and {trace:.1f} µs of the trace; "
+        f"{result['collectives_per_iteration']} of them: {result['recording_share']:.2%} of an iteration"
     )
 
 

@@ -44,8 +44,8 @@ def test_a_small_demo_proves_that_nothing_is_lost(tmp_path: Path, seed: int) -> 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_demo_that_is_told_to_end_takes_its_job_with_it(tmp_path: Path, number: int, code: int) -> None:
     # A shell starts what it runs in the background deaf to SIGINT: `nohup make test &`.
-    listening = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
-    with subprocess.Popen([*DEMO, *SMALL], cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, **listening) as demo:
+    options = {"stdout": subprocess.DEVNULL, "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    with subprocess.Popen([*DEMO, *SMALL], cwd=tmp_path, env=ENVIRONMENT, **options) as demo:
         while not (tmp_path / "demo" / "without" / "job.json").exists():
             assert demo.poll() is None
             time.sleep(0.1)

@@ -22,7 +22,7 @@ _POLLS_A_SPAN = 20
 
 
 @dataclass(slots=True)
-class _Turn:
+class _Permit:
     """What a link was last allowed, and under which conditions."""
 
     in_flight_bytes: int = 0
@@ -43,7 +43,7 @@ class Pacer:
         self.page = page
         self._now_ns = now_ns or (lambda: time.monotonic_ns())
         self._lock = threading.Lock()
-        self._turns: dict[int, _Turn] = {}
+        self._permits: dict[int, _Permit] = {}
         self._word = -1
         self._changed_ns = self._seen_ns = 0
         self._looked_ns = -(10**18)
@@ -63,12 +63,12 @@ class Pacer:
         if left_bytes <= 0:
             return 0
         with self._lock:
-            turn = self._turns.setdefault(link, _Turn())
-            turn.in_flight_bytes = 0
-            others = sum(other.in_flight_bytes for other in self._turns.values())
-            size = min(left_bytes, self._room(turn, left_bytes, in_flight_bytes + others))
-            turn.in_flight_bytes = in_flight_bytes + size
-            if size and turn.ahead_bytes != UNLIMITED:
+            permit = self._permits.setdefault(link, _Permit())
+            permit.in_flight_bytes = 0
+            others = sum(other.in_flight_bytes for other in self._permits.values())
+            size = min(left_bytes, self._room(permit, left_bytes, in_flight_bytes + others))
+            permit.in_flight_bytes = in_flight_bytes + size
+            if size and permit.ahead_bytes != UNLIMITED:
                 self._served = True
                 self.page.note_in_flight(others + in_flight_bytes + size)
             return size
@@ -76,35 +76,35 @@ class Pacer:
     def still_allowed(self, link: int = 0) -> bool:
         """Whether what was allowed last may still go: the span lasts, its usable part too."""
         with self._lock:
-            turn = self._turns.get(link)
+            permit = self._permits.get(link)
             page = self.page
-            if turn is None or turn.conditions != (page.pace, page.rushing, page.marks()[0]):
+            if permit is None or permit.conditions != (page.pace, page.rushing, page.marks()[0]):
                 return False
-            return turn.ahead_bytes == UNLIMITED or self._now_ns() < turn.until_ns
+            return permit.ahead_bytes == UNLIMITED or self._now_ns() < permit.until_ns
 
     def ahead_bytes(self, link: int = 0) -> int:
         """How much of what was allowed a link may have in flight at once, so that little follows a span's end."""
-        turn = self._turns.get(link)
-        return UNLIMITED if turn is None else turn.ahead_bytes
+        permit = self._permits.get(link)
+        return UNLIMITED if permit is None else permit.ahead_bytes
 
     def pause_s(self, link: int = 0) -> float:
         """How long to wait before asking again: outside spans longer where they are long, as every look costs time."""
-        turn = self._turns.get(link)
-        return _POLL_S if turn is None or self._now_ns() < turn.until_ns else self._poll_s
+        permit = self._permits.get(link)
+        return _POLL_S if permit is None or self._now_ns() < permit.until_ns else self._poll_s
 
     def finish(self, link: int = 0) -> None:
         """A link has nothing in flight any more."""
         with self._lock:
-            self._turns.pop(link, None)
+            self._permits.pop(link, None)
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _room(self, turn: _Turn, left_bytes: int, in_flight_bytes: int) -> int:
+    def _room(self, permit: _Permit, left_bytes: int, in_flight_bytes: int) -> int:
         page, now_ns = self.page, self._now_ns()
         pace, rushing = page.pace, page.rushing
         word, began_ns = page.marks()
-        turn.conditions = pace, rushing, word
-        turn.ahead_bytes = UNLIMITED
+        permit.conditions = pace, rushing, word
+        permit.ahead_bytes = UNLIMITED
         if pace is Pace.FREE or rushing:
             return left_bytes
         plan = self._current_plan(now_ns)
@@ -117,9 +117,9 @@ class Pacer:
             return 0
         index = word >> 1 & 0x7FFFFFFF
         usable_ns = plan.usable_ns[index] if index < len(plan.usable_ns) else 0
-        turn.until_ns = min(began_ns, now_ns) + usable_ns  # no clock is ahead of itself: a damaged one gains nothing
-        turn.ahead_bytes = max(_LEAST_AHEAD_BYTES, plan.bandwidth_bytes_per_s * _AHEAD_NS // 10**9)
-        return self._piece(plan, turn.until_ns - now_ns, left_bytes, in_flight_bytes)
+        permit.until_ns = min(began_ns, now_ns) + usable_ns  # no clock is ahead of itself: a damaged one gains nothing
+        permit.ahead_bytes = max(_LEAST_AHEAD_BYTES, plan.bandwidth_bytes_per_s * _AHEAD_NS // 10**9)
+        return self._piece(plan, permit.until_ns - now_ns, left_bytes, in_flight_bytes)
 
     def _piece(self, plan: Plan, left_ns: int, left_bytes: int, in_flight_bytes: int) -> int:
         """Algorithm 2's inner loop: the piece that fits in what is left of the span."""

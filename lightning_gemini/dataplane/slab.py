@@ -150,6 +150,11 @@ class Buffer:
         return VersionId(*found) if found else None
 
     @property
+    def acked_at_ns(self) -> int:
+        """When that was seen, on the monotonic clock; for statistics alone, nothing covers this word."""
+        return self._words[Word.ACKED_AT]
+
+    @property
     def committed(self) -> VersionId | None:
         """The newest version that the owner knows to be complete on all holders of all ranks, whatever is in here."""
         found = _COMMITTED.read(self._words)
@@ -252,8 +257,9 @@ class Buffer:
         self._words[Word.HEADER_CHECKSUM] = 0  # so that no damage can bring it back
         self._words[Word.IDENTITY_CHECKSUM] = 0
 
-    def acknowledge(self, version: VersionId) -> None:
-        """Every other holder holds ``version`` completely. Called by the agent only."""
+    def acknowledge(self, version: VersionId, at_ns: int = 0) -> None:
+        """Every other holder holds ``version`` completely, since ``at_ns`` (monotonic). Called by the agent only."""
+        self._words[Word.ACKED_AT] = at_ns
         _ACKED.write(self._words, version.generation, version.version)
 
     def forget_peers(self) -> None:

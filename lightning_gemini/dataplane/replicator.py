@@ -188,7 +188,7 @@ class Replicator:
             for buffer in slab.complete() if slab else ():
                 version = buffer.id
                 if version and buffer.acked != version and self._all_hold(owner, version, holders):
-                    buffer.acknowledge(version)
+                    buffer.acknowledge(version, time.monotonic_ns())
 
     def _all_hold(self, owner: int, version: VersionId, holders: tuple[int, ...]) -> bool:
         return all(self._held.get((owner, machine)) == version for machine in holders)

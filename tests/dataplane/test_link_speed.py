@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -22,12 +18,6 @@ from lightning_gemini.dataplane.transport import Peer, TcpTransport
 from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import ProtocolError
 from tests.dataplane.machines import JOB, SECRET, Machine
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-import namespaces  # noqa: E402
-
-RATE_MBIT = 200
 
 
 @pytest.fixture
@@ -158,36 +148,3 @@ def test_a_link_that_cannot_be_measured_is_left_out(
     survey = LinkSurvey(machines[0].transport_to)
     assert list(survey.measure([machines[1].peer, machines[2].peer])) == [1]
     assert "cannot measure the link to machine 2" in caplog.text
-
-
-# -- real limits -------------------------------------------------------------------------------------------------------
-
-
-def test_a_limited_cable_is_as_fast_as_its_limit() -> None:
-    """Beyond the 256 kB that its token bucket lets through at once; 4 % are headers."""
-    reason = namespaces.why_not()
-    if reason is not None:
-        pytest.skip(reason)
-    end = [sys.executable, "-m", "tests.dataplane.link_end"]
-    with namespaces.Namespaces(2, f"{RATE_MBIT}mbit", "256kb") as machines:
-        address = machines.address(1)
-        server = subprocess.Popen(
-            machines.command(1, *end, "serve", address),
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert server.stdin is not None
-        assert server.stdout is not None
-        try:
-            port = server.stdout.readline().strip()
-            words = machines.command(0, *end, "measure", address, port)
-            done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
-        finally:
-            server.stdin.close()
-            server.wait(10)
-            server.stdout.close()
-    bandwidth, startup_s = json.loads(done.stdout)
-    assert 0.85 * RATE_MBIT < bandwidth * 8 / 1e6 < 1.1 * RATE_MBIT
-    assert 0 < startup_s < 0.05

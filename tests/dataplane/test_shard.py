@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
-import struct
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -88,8 +87,7 @@ def test_any_nested_state_comes_back_bit_by_bit(stable: Any, volatile: Any) -> N
 
 
 def assert_no_tensor_is_pickled(blob: bytes) -> None:
-    (table_length,) = struct.unpack_from("<Q", blob)
-    stream = io.BytesIO(blob[8 + table_length :])
+    stream = io.BytesIO(blob[8:])
     for _ in ("stable", "volatile"):
         assert not [argument for _, argument, _ in pickletools.genops(stream) if "torch" in str(argument)]
     assert not stream.read()

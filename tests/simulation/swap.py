@@ -103,7 +103,7 @@ _PARTS: dict[str, dict[str, Any]] = {
     "controlplane.worker_agent": {"link_slot": lambda *_: None, "unlink_slot": lambda *_: None},
     "dataplane.shard": {"SMALL_BYTES": 256},
     "dataplane.slab": {"chunk_bytes_for": lambda data_bytes: _CHUNK_BYTES, "require_free": lambda more_bytes: None},
-    "dataplane.snapshot": {"SimpleQueue": threads.SimpleQueue, "_WATCH_S": 0.1, "_pieces": _pieces},
+    "dataplane.snapshot": {"SimpleQueue": threads.SimpleQueue, "_pieces": _pieces},
     "dataplane.transport.chunk_stream": {"_POLL_S": 0.003},
     "dataplane.pacer": {"_POLL_S": 0.003, "_LONGEST_POLL_S": 0.003},
     "dataplane.transport.paced_stream": {"in_flight_bytes": lambda sock: 0},

@@ -42,7 +42,7 @@ ANSWER_TIMEOUT_S = 60.0
 """How long the holder may take to answer, or to copy out a piece."""
 GOODBYE = Frame(Kind.END)
 BUFFERS = struct.Struct("<QQ")
-_POLL_S = 0.0005
+_POLL_S = 0.001
 _LOOK_S = 0.01
 _GOODBYE_TIMEOUT_S = 2.0
 

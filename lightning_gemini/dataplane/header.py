@@ -52,7 +52,8 @@ class Word(enum.IntEnum):
     PROGRESS = 16
     PROGRESS_AGAIN = 18
     COMMITTED = 20
-    END = 23
+    ACKED_AT = 23
+    END = 24
 
 
 _IN_USE = {int(state): state for state in (BufferState.WRITING, BufferState.COMPLETE)}

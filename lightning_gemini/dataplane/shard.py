@@ -1,10 +1,10 @@
-"""A rank's state as bytes: tensors raw, the rest as a small pickled blob, and a table that ties them together.
+"""A rank's state as bytes: tensors raw, and the rest as a small pickled blob that says where they are.
 
 No tensor is pickled. Layout of a shard::
 
     0    u64 offset and u64 length of the blob
     64   tensors, each aligned to 64 bytes
-    ...  blob: u64 length of the table, the table (JSON: dtype, shape, offset), the pickled structure
+    ...  blob: the pickled structures, with (index, dtype, shape, offset) in the place of each tensor
 
 A shard describes itself, so a version can always be read, whatever the model of the process that reads it.
 """
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import pickle
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -29,8 +27,8 @@ from lightning_gemini.errors import IntegrityError, RestoreError
 ALIGNMENT = 64
 SMALL_BYTES = 1 << 12  # host tensors up to this size are cloned at once: no step has to wait for them
 _BLOB_PLACE = struct.Struct("<QQ")
-_TABLE_LENGTH = struct.Struct("<Q")
-_Entry: TypeAlias = tuple[str, Sequence[int], int]
+_MAGIC = b"GEMBLOB2"
+_Place: TypeAlias = tuple[int, str, tuple[int, ...], int]
 
 
 class TensorSlot(NamedTuple):  # made for every tensor of every version, and a frozen dataclass takes 2 µs
@@ -55,7 +53,7 @@ class Layout:
 
     Attributes:
         slots: Tensors in the order of their offsets.
-        blob: Table and pickled structure.
+        blob: The pickled structures.
         blob_offset: Byte offset of the blob, behind the last tensor.
     """
 
@@ -84,16 +82,14 @@ def lay_out(stable: Any, volatile: Any) -> Layout:
     Returns:
         The layout of ``{"stable": stable, "volatile": volatile}``.
     """
-    layout = Layout()
-    table: list[_Entry] = []
-    stream = io.BytesIO()
-    pickler = _TensorPickler(stream, layout, table)
+    layout, stream = Layout(), io.BytesIO()
+    stream.write(_MAGIC)
+    pickler = _TensorPickler(stream, layout)
     pickler.dump(stable)
     pickler.clone = True
     pickler.clear_memo()
     pickler.dump(volatile)
-    encoded_table = json.dumps(table).encode()
-    layout.blob = _TABLE_LENGTH.pack(len(encoded_table)) + encoded_table + stream.getvalue()
+    layout.blob = stream.getvalue()
     return layout
 
 
@@ -114,14 +110,13 @@ def read(data: memoryview, device: torch.device | None = None) -> tuple[Any, Any
     try:
         offset, length = _BLOB_PLACE.unpack_from(data)
         blob = data[offset : offset + length]
-        (table_length,) = _TABLE_LENGTH.unpack_from(blob)
-        table = json.loads(bytes(blob[_TABLE_LENGTH.size : _TABLE_LENGTH.size + table_length]))
-    except (struct.error, ValueError) as error:
+    except struct.error as error:
         raise IntegrityError("the stored bytes are no shard of this package") from error
-    stream = io.BytesIO(blob[_TABLE_LENGTH.size + table_length :])
-    unpickler = _TensorUnpickler(stream, data, table, device)
+    if blob[: len(_MAGIC)] != _MAGIC:
+        raise IntegrityError("the stored bytes are no shard of this version of the package")
+    stream = io.BytesIO(blob[len(_MAGIC) :])
     try:
-        return unpickler.load(), _TensorUnpickler(stream, data, table, device).load()
+        return _TensorUnpickler(stream, data, device).load(), _TensorUnpickler(stream, data, device).load()
     except Exception as error:  # unpickling runs the classes' own code
         raise RestoreError(
             f"the stored state cannot be read by this script ({type(error).__name__}: {error}): start the script that "
@@ -142,36 +137,36 @@ def unpack(packed: Tensor) -> Any:
 class _TensorPickler(pickle.Pickler):
     """Pickles everything but tensors, which get a slot in the layout.
 
-    Tensors are reduced to their index in the table: only they and other instances of classes lead out of C, where
+    Tensors are reduced to where they are: only they and other instances of classes lead out of C, where
     ``persistent_id`` would be asked for every number, too.
     """
 
-    def __init__(self, stream: io.BytesIO, layout: Layout, table: list[_Entry]) -> None:
+    def __init__(self, stream: io.BytesIO, layout: Layout) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self.clone = False
-        self._layout, self._table = layout, table
+        self._layout = layout
         # The tensors are kept too: memory that was freed meanwhile would lend its address to another tensor.
-        self._seen: dict[tuple[Any, ...], tuple[int, Tensor]] = {}
+        self._seen: dict[tuple[Any, ...], tuple[_Place, Tensor]] = {}
 
     def reducer_override(self, obj: Any) -> Any:
-        return (_tensor, (self._index(obj.detach()),)) if isinstance(obj, Tensor) else NotImplemented
+        return (_tensor, self._place(obj.detach())) if isinstance(obj, Tensor) else NotImplemented
 
-    def _index(self, tensor: Tensor) -> int:
+    def _place(self, tensor: Tensor) -> _Place:
         view = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
         key = (tensor.device, self.clone, *view)
-        if tensor.numel() and key in self._seen:
+        if key in self._seen:
             return self._seen[key][0]
-        index = len(self._table)
-        self._seen[key] = index, tensor
-        nbytes = tensor.nbytes
+        layout, nbytes = self._layout, tensor.nbytes
         clone = self.clone or (nbytes <= SMALL_BYTES and not tensor.is_cuda)
         kept = tensor.clone(memory_format=torch.contiguous_format) if clone else tensor.contiguous()
-        offset = self._layout.blob_offset
-        self._table.append((_name(kept.dtype), kept.shape, offset))
+        offset = layout.blob_offset
+        place = len(self._seen), _name(kept.dtype), tuple(kept.shape), offset
+        # Those without elements have no address to be known by.
+        self._seen[key if nbytes else (place,)] = place, tensor
         if nbytes:
-            self._layout.slots.append(TensorSlot(kept, offset, nbytes, live=not clone))
-        self._layout.blob_offset = offset + -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return index
+            layout.slots.append(TensorSlot(kept, offset, nbytes, live=not clone))
+            layout.blob_offset = offset + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return place
 
 
 @functools.cache
@@ -179,17 +174,17 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _tensor(index: int) -> Tensor:
+def _tensor(*place: Any) -> Tensor:
     """Stands in the pickled structure for a tensor; the unpickler has its own in this place."""
     raise RestoreError(
-        f"tensor {index} of a shard was read without the shard: use lightning_gemini.dataplane.shard.read"
+        f"tensor {place} of a shard was read without the shard: use lightning_gemini.dataplane.shard.read"
     )
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, data: memoryview, table: list[_Entry], device: torch.device | None) -> None:
+    def __init__(self, stream: io.BytesIO, data: memoryview, device: torch.device | None) -> None:
         super().__init__(stream)
-        self._data, self._table, self._device = data, table, device
+        self._data, self._device = data, device
         self._loaded: dict[int, Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -197,10 +192,9 @@ class _TensorUnpickler(pickle.Unpickler):
             return self._load_tensor
         return super().find_class(module, name)
 
-    def _load_tensor(self, index: int) -> Tensor:
+    def _load_tensor(self, index: int, dtype_name: str, shape: tuple[int, ...], offset: int) -> Tensor:
         if index not in self._loaded:
-            name, shape, offset = self._table[index]
-            dtype = getattr(torch, name)
+            dtype = getattr(torch, dtype_name)
             tensor = torch.empty(shape, dtype=dtype, device=self._device)
             if nbytes := tensor.numel() * tensor.element_size():
                 source = torch.frombuffer(self._data, dtype=torch.uint8, count=nbytes, offset=offset)

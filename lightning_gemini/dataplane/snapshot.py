@@ -18,8 +18,7 @@ from lightning_gemini.dataplane.slab import Buffer
 
 log = logging.getLogger(__name__)
 
-_WATCH_S = 0.002
-_GATE_S = 0.0005
+_GATE_S = 0.004
 _DEVICE_PIECE_BYTES = 4 << 20  # a launch a piece: large enough that launching keeps ahead of copying
 
 
@@ -29,16 +28,14 @@ class Snapshot:
     Attributes:
         id: The version.
         copy_s: Seconds from the beginning until the buffer was complete.
-        replica_complete_s: Seconds from the beginning until every other holder was complete; ``None`` if never seen.
         stall_s: Seconds that the training thread lost; kept by the publisher.
         wait_s: Those of them that it waited for the other holders; kept by the publisher.
     """
 
     def __init__(self, version: VersionId, layout: Layout, buffer: Buffer) -> None:
         self.id, self.layout, self.buffer = version, layout, buffer
-        self.began = time.perf_counter()
+        self.began = time.monotonic()
         self.copy_s = 0.0
-        self.replica_complete_s: float | None = None
         self.stall_s = self.wait_s = 0.0
         self.error: Exception | None = None
         self.device_ready: torch.cuda.Event | None = None
@@ -62,6 +59,13 @@ class Snapshot:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until the buffer is complete or the copy failed."""
         return self._done.wait(timeout_s)
+
+    @property
+    def replica_complete_s(self) -> float | None:
+        """Seconds from the beginning until every other holder was complete; ``None``: not yet, or not any more."""
+        if self.buffer.acked != self.id:
+            return None
+        return self.buffer.acked_at_ns / 1e9 - self.began
 
     @property
     def done(self) -> bool:
@@ -144,18 +148,9 @@ class Snapshotter:
         except Exception as error:  # a failed checkpoint must not kill training: the publisher reports it
             snapshot.error = error
             snapshot.buffer.drop()
-        snapshot.copy_s = time.perf_counter() - snapshot.began
+        snapshot.copy_s = time.monotonic() - snapshot.began
         snapshot._read.set()
         snapshot._done.set()
-        self._watch_replicas(snapshot)
-
-    def _watch_replicas(self, snapshot: Snapshot) -> None:
-        """Note when the other holders are complete, as long as there is nothing else to do."""
-        while snapshot.error is None and self._queue.empty():
-            if snapshot.buffer.acked == snapshot.id:
-                snapshot.replica_complete_s = time.perf_counter() - snapshot.began
-                return
-            time.sleep(_WATCH_S)
 
     def _copy(self, snapshot: Snapshot) -> None:
         buffer, layout = snapshot.buffer, snapshot.layout

@@ -6,8 +6,10 @@ Lightning makes the dictionary and calls every hook as for any checkpoint. Only 
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loops.loop import _Loop
@@ -19,7 +21,6 @@ if TYPE_CHECKING:
 __all__ = ["StateOnDemand", "lightning_state", "loop_states"]
 
 _FROM_THE_ENGINE = "state_dict", "optimizer_states"
-_PLAIN = frozenset({int, bool, float, str, type(None)})
 _LOOPS = "fit_loop", "validate_loop", "test_loop", "predict_loop"
 
 
@@ -42,35 +43,73 @@ def lightning_state(trainer: pl.Trainer) -> dict[str, Any]:
 
 def loop_states(trainer: pl.Trainer) -> dict[str, Any]:
     """What every loop has to save, as Lightning has it in checkpoints."""
+    found = _found.get(trainer)
+    if found is None or not all(part.holds() for part in found):
+        found = _found[trainer] = [part for name in _LOOPS for part in _look_through(name, getattr(trainer, name), "")]
     states: dict[str, Any] = {name: {} for name in _LOOPS}
-    for name, state in states.items():
-        _read_loop(getattr(trainer, name), state, "")
+    for part in found:
+        part.read(states[part.name])
     return states
 
 
-def _read_loop(loop: Any, into: dict[str, Any], prefix: str) -> None:
-    if type(loop).state_dict is not _Loop.state_dict:
-        loop.state_dict(into, prefix)
-        return
-    into[f"{prefix}state_dict"] = loop.on_save_checkpoint()
-    for name, value in vars(loop).items():
-        if isinstance(value, _BaseProgress):
-            into[prefix + name] = _progress(value)
-        elif isinstance(value, _Loop):
-            _read_loop(value, into, f"{prefix}{name}.")
+@dataclass(frozen=True, slots=True)
+class _LoopPart:
+    """A loop, and where Lightning has what it holds.
+
+    Attributes:
+        name: Of the outermost loop.
+        loop: The loop.
+        prefix: Of its entries.
+        progress: Its counters by attribute.
+        loops: The loops in it, by attribute.
+        attributes: How many attributes it has.
+    """
+
+    name: str
+    loop: Any
+    prefix: str
+    progress: tuple[tuple[str, _BaseProgress], ...]
+    loops: tuple[tuple[str, Any], ...]
+    attributes: int
+
+    def holds(self) -> bool:
+        """Whether it still consists of the same things."""
+        here = vars(self.loop)
+        same = all(here.get(name) is part for name, part in (*self.progress, *self.loops))
+        return same and len(here) == self.attributes
+
+    def read(self, into: dict[str, Any]) -> None:
+        """Adds its entries."""
+        if type(self.loop).state_dict is not _Loop.state_dict:
+            self.loop.state_dict(into, self.prefix)
+            return
+        into[f"{self.prefix}state_dict"] = self.loop.on_save_checkpoint()
+        for name, progress in self.progress:
+            into[self.prefix + name] = _progress(progress)
+
+
+_found: weakref.WeakKeyDictionary[pl.Trainer, list[_LoopPart]] = weakref.WeakKeyDictionary()
+
+
+def _look_through(name: str, loop: Any, prefix: str) -> Iterator[_LoopPart]:
+    here = vars(loop)
+    own = type(loop).state_dict is not _Loop.state_dict
+    loops = () if own else tuple((key, value) for key, value in here.items() if isinstance(value, _Loop))
+    progress = tuple((key, value) for key, value in here.items() if isinstance(value, _BaseProgress))
+    yield _LoopPart(name, loop, prefix, progress, loops, len(here))
+    for key, inner in loops:
+        yield from _look_through(name, inner, f"{prefix}{key}.")
 
 
 def _progress(progress: _BaseProgress) -> dict[str, Any]:
     """The counters; a kind of progress that is more than counters reads itself."""
-    state: dict[str, Any] = {}
-    for name, value in vars(progress).items():
-        if type(value) in _PLAIN:
-            state[name] = value
-        elif isinstance(value, _BaseProgress):
+    if type(progress).state_dict is not _BaseProgress.state_dict:
+        return progress.state_dict()
+    state = dict(vars(progress))
+    for name, value in state.items():
+        if isinstance(value, _BaseProgress):
             state[name] = _progress(value)
-        else:
-            return progress.state_dict()
-    return state if type(progress).state_dict is _BaseProgress.state_dict else progress.state_dict()
+    return state
 
 
 class StateOnDemand(OrderedDict[str, Any]):

@@ -37,6 +37,10 @@ class ModuleState:
         self.parameters: dict[str, nn.Parameter] = {}
         self._parts: list[nn.Module] = []
         self._buffers: list[tuple[str, nn.Module, str]] = []
+        self._contents: list[Any] = []
+        self._named: list[Any] = []
+        self._held: list[Any] = []
+        self._buffered: list[Any] = []
         self._known: tuple[list[Any], list[int]] | None = None
         self._makes_own = False
 
@@ -50,14 +54,12 @@ class ModuleState:
 
     def _composition(self) -> tuple[list[Any], list[int]]:
         """What decides which entries there are: objects, to be compared by identity, and how many are in which part."""
-        # In C throughout: a large model has thousands of parts.
-        contents = [*zip(*map(_CONTENTS, map(vars, self._parts)), strict=True)]
-        children, parameters, buffers, unsaved, hooks, earlier_hooks = contents
+        # In C throughout: a large model has thousands of parts, most of them with little in them.
         composition: list[Any] = []
-        composition.extend(chain.from_iterable(chain(children, parameters, buffers, unsaved)))  # their names
-        composition.extend(chain.from_iterable(map(dict.values, chain(children, parameters, hooks, earlier_hooks))))
-        composition.extend(map(_NONE, chain.from_iterable(map(dict.values, buffers))))
-        return composition, list(map(len, chain(*contents)))
+        composition.extend(chain.from_iterable(self._named))
+        composition.extend(chain.from_iterable(map(dict.values, self._held)))
+        composition.extend(map(_NONE, chain.from_iterable(map(dict.values, self._buffered))))
+        return composition, list(map(len, self._contents))
 
     def _look_through(self) -> None:
         module, self._known = self._module, None
@@ -69,6 +71,12 @@ class ModuleState:
             for key, value in part._buffers.items()
             if value is not None and key not in part._non_persistent_buffers_set
         ]
+        contents = [*zip(*map(_CONTENTS, map(vars, self._parts)), strict=True)]
+        children, parameters, buffers, unsaved, hooks, earlier_hooks = contents
+        self._contents = [*chain(*contents)]
+        self._named = [*filter(None, chain(children, parameters, buffers, unsaved))]
+        self._held = [*filter(None, chain(children, parameters, hooks, earlier_hooks))]
+        self._buffered = [*filter(None, buffers)]
         entries = module.state_dict()
         self.order = list(entries)
         expected = self.parameters.keys() | {name for name, _, _ in self._buffers}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _PLACES = "param_slice_mappings"  # where each parameter lies in the flat partitions: stages 1 and 2, never changes
 
+_PACKED = " types"  # no parameter's name has a space
+
 
 def require_supported(config: dict[str, Any]) -> None:
     """Refuse what cannot be checkpointed from memory, before DeepSpeed looks at it.
@@ -64,6 +66,8 @@ class ZeroState:
         self.partitioned = bool(engine.zero_optimization_partition_weights())
         self._constant = shard.pack(self._constant_state())
         self._module = ModuleState(engine.module)
+        self._packed_of: Mapping[str, torch.Tensor] | None = None
+        self._packed = shard.pack({})
         self._frozen: dict[str, torch.nn.Parameter] = {}
         self._frozen_of: tuple[Any, list[bool]] | None = None
         self._places = getattr(engine.optimizer, "_" + _PLACES, None)
@@ -121,7 +125,10 @@ class ZeroState:
 
     def _written(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
         if self.partitioned:  # the weights are in the optimizer's partitions; DeepSpeed keeps empty placeholders
-            return {name: value.dtype for name, value in parameters.items()}
+            if parameters is not self._packed_of:
+                self._packed_of = parameters
+                self._packed = shard.pack({name: value.dtype for name, value in parameters.items()})
+            return {_PACKED: self._packed}
         return dict(parameters) if dist.get_rank() == 0 else None
 
     def _frozen_fragments(self) -> dict[str, torch.Tensor]:
@@ -243,10 +250,9 @@ def _fragment(parameter: Any) -> torch.Tensor:
 
 def _tensors(parameters: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Parameters as DeepSpeed's files have them: empty where the shard says only what type they are of."""
-    return {
-        name: torch.empty(0, dtype=value) if isinstance(value, torch.dtype) else value
-        for name, value in parameters.items()
-    }
+    if _PACKED not in parameters:
+        return parameters
+    return {name: torch.empty(0, dtype=dtype) for name, dtype in shard.unpack(parameters[_PACKED]).items()}
 
 
 def _with_places(optimizer: dict[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from lightning_gemini.callbacks.data_position.random_state import RandomSource, 
 __all__ = ["Cursor", "PositionTracker", "ReadInner", "TrackedSampler", "moments"]
 
 ReadInner = Callable[[], Any]
+FindSources = Callable[[], tuple[RandomSource, ...]]
 moments = itertools.count()
 _REMEMBERED_FETCHES = 4
 
@@ -109,25 +110,25 @@ class PositionTracker:
         self.forget()
         self._loaded, self.loaded_at = position, next(moments)
 
-    def position(self, sources: tuple[RandomSource, ...], length: int | None, read_inner: ReadInner) -> Position:
+    def position(self, find_sources: FindSources, length: int | None, read_inner: ReadInner) -> Position:
         """The position before the fetches in flight."""
         if self._loaded is not None or self._resumption is not None:
             return self._loaded or self._resumption.position  # type: ignore[union-attr]
         if (steps := self.in_flight()) > 0 and self._recent:
-            return self._before_last(steps, sources, length)
-        now = RandomState.capture(sources)
+            return self._before_last(steps, find_sources, length)
+        now = RandomState.capture(find_sources())
         if self._cursor is None:
             return Position(Origin(workers=False), 0, now, EpochState.OVER, inner=read_inner())
         return self._here(self._cursor, now, length, read_inner)
 
-    def _before_last(self, fetches: int, sources: tuple[RandomSource, ...], length: int | None) -> Position:
+    def _before_last(self, fetches: int, find_sources: FindSources, length: int | None) -> Position:
         position, *after = list(self._recent)[-fetches:]
         later = [repeated.fetch for repeated in after]
         # Of a loader without length Lightning fetches a batch ahead, so a single batch in flight is not in training
         # yet, unless it is the last, behind which Lightning has found the end. Either way training had drawn since.
         if length is None and fetches == 1 and self._cursor is not None:
             last = self._cursor.last
-            later.append(RandomState.capture(sources) if last is None else last.fetch)
+            later.append(RandomState.capture(find_sources()) if last is None else last.fetch)
         return replace(position, later=tuple(later))
 
     def _here(self, cursor: Cursor, now: RandomState, length: int | None, read_inner: ReadInner) -> Position:

@@ -74,7 +74,7 @@ def map_style_class(ordinary: Any) -> type:
 
         def state_dict(self) -> dict[str, Any]:
             """The position before the batches in flight, in plain values."""
-            position = self._gemini_tracker.position(find_random_sources(self), _length(self), _nothing)
+            position = self._gemini_tracker.position(lambda: find_random_sources(self), _length(self), _nothing)
             return {_KEY: {"loader": "map-style", "batches": _length(self), **position.to_plain()}}
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -266,7 +266,7 @@ def _drawn_alike(sampler: Any, origin: Origin, tracker: PositionTracker) -> Iter
 
 
 def _stateful_state(loader: Any, tracker: PositionTracker, read: ReadInner) -> dict[str, Any]:
-    position = tracker.position(find_random_sources(loader), _length(loader), _copying(read))
+    position = tracker.position(lambda: find_random_sources(loader), _length(loader), _copying(read))
     plain = not isinstance(position.inner, dict)
     beside = {"loader": "stateful", "inner_is_value": plain, **position.to_plain()}
     return {_INNER: position.inner, _KEY: beside} if plain else {**position.inner, _KEY: beside}

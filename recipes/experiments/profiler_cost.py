@@ -1,6 +1,6 @@
 """What it costs to profile training all the time, measured on real ZeRO-3 training of two ranks.
 
-    python recipes/experiments/profiler_cost.py                   # two minutes; result.json in runs/profiler_cost
+    python recipes/experiments/profiler_cost.py                   # some minutes; result.json in runs/profiler_cost
     python recipes/experiments/profiler_cost.py --wait-ms 0       # nothing but the CPU's own work: noisier
 
 Blocks of iterations with and without the tap on DeepSpeed's collectives alternate in one run, in another order each
@@ -240,7 +240,7 @@ def print_result(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20, help="blocks with, and as many without")
+    parser.add_argument("--rounds", type=int, default=12, help="blocks with, and as many without")
     parser.add_argument("--block", type=int, default=15, help="iterations of a block whose time counts")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=256)

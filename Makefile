@@ -9,12 +9,13 @@ TEST_PROCESSES ?= 2
 DEMO_ARGS ?=
 SOAK_ARGS ?=
 SIMULATE_ARGS ?=
+INTERFERENCE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo soak simulate test lint format types layers wheel clean
+.PHONY: help setup demo soak simulate interference test lint format types layers wheel clean
 
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-8s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
 setup: $(STAMP)  ## build .venv with the package (editable) and all it needs, in the versions of constraints.txt
 
@@ -32,6 +33,10 @@ soak: $(STAMP)  ## hit six local nodes with everything for 20 minutes, and check
 
 simulate: $(STAMP)  ## search fault schedules on a virtual clock and network (SIMULATE_ARGS='--seeds 20000', '--seed 7')
 	$(BIN)/python -m tests.simulation $(SIMULATE_ARGS)
+
+# Needs root: it makes network namespaces.
+interference: $(STAMP)  ## measure what checkpoints cost training at several link speeds (INTERFERENCE_ARGS='quick=true')
+	$(BIN)/python recipes/experiments/interference.py $(INTERFERENCE_ARGS)
 
 test: $(STAMP)  ## run the tests (TESTS=tests/core: some of them; PYTEST_ARGS=-x: pytest's options)
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS) $(TESTS)

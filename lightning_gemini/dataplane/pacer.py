@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_gemini.dataplane.pace_page import Pace, PacePage, Plan
+from lightning_gemini.dataplane.pace_page import PACE_WORD, RUSH_WORD, SPAN_WORD, Pace, PacePage, Plan
 
 UNLIMITED = sys.maxsize
 _SMALLEST_BYTES = 4096  # less is not worth its startup cost, but for what is left
 _PATIENCE_NS = 1_000_000_000  # with a span that does not change, besides two iterations
 _UNREADABLE_NS = 100_000_000  # a plan is being written for far less
-_FRESH_NS = 5_000_000  # who looked so lately saw the change happen
-_AHEAD_NS = 5_000_000  # how much the kernel may hold of what is on its way, in time on the link
+_FRESH_POLLS = 4  # who looked so lately saw the change happen
+_AHEAD_NS = 10_000_000  # how much the kernel may hold of what is on its way, in time on the link
 _LEAST_AHEAD_BYTES = 128 * 1024
-_POLL_S, _LONGEST_POLL_S = 0.0005, 0.002
+_POLL_S, _LONGEST_POLL_S = 0.0005, 0.004
 _POLLS_A_SPAN = 20
 
 
@@ -87,10 +87,24 @@ class Pacer:
         permit = self._permits.get(link)
         return UNLIMITED if permit is None else permit.ahead_bytes
 
-    def pause_s(self, link: int = 0) -> float:
-        """How long to wait before asking again: outside spans longer where they are long, as every look costs time."""
-        permit = self._permits.get(link)
-        return _POLL_S if permit is None or self._now_ns() < permit.until_ns else self._poll_s
+    def pause_s(self, in_flight_bytes: int, link: int = 0) -> float:
+        """How long to wait before asking again: every look costs time, and training may need the processor.
+
+        Inside a span until a third of what is in flight has arrived, outside a small part of what spans last.
+        """
+        permit, plan = self._permits.get(link), self._plan
+        if permit is None or plan is None or self._now_ns() >= permit.until_ns:
+            return self._poll_s
+        third_s = in_flight_bytes / 3 / plan.bandwidth_bytes_per_s
+        return min(max(third_s, _POLL_S), _LONGEST_POLL_S)
+
+    def is_shut(self) -> bool:
+        """Whether nothing may go now: an answer for less than :meth:`allowance` takes, which is asked now and then."""
+        words = self.page.words
+        if words[SPAN_WORD] & 1 or words[RUSH_WORD] or words[PACE_WORD] != Pace.PACED:
+            return False
+        self._looked_ns = self._now_ns()
+        return True
 
     def finish(self, link: int = 0) -> None:
         """A link has nothing in flight any more."""
@@ -139,7 +153,7 @@ class Pacer:
         self._looked_ns = now_ns
         if word != self._word:
             self._word, self._served, self._changed_ns = word, False, now_ns
-            self._seen_ns = now_ns if away_ns <= _FRESH_NS else 0
+            self._seen_ns = now_ns if away_ns <= _FRESH_POLLS * self._poll_s * 1e9 else 0
         elif away_ns > _PATIENCE_NS:
             self._changed_ns = now_ns  # who knows what happened meanwhile
         return began_ns or self._seen_ns

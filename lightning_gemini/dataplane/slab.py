@@ -331,6 +331,15 @@ class Slab:
         for buffer in self.buffers:
             buffer.note_committed(version)
 
+    def kept_beside(self, version: VersionId) -> VersionId | None:
+        """The version that the owner keeps while it writes this one: what it knows to be committed.
+
+        Rather than what it has: its own copy may be damaged.
+        """
+        complete = (view.id for view in self.views if view.complete)
+        known = [self.committed] if self.committed else complete
+        return max((other for other in known if other is not None and other < version), default=None)
+
     def complete(self) -> Iterator[Buffer]:
         """The complete buffers, newest version first."""
         yield from (buffer for _, buffer in sorted(self._complete(), key=lambda pair: pair[0], reverse=True))

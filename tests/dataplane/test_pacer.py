@@ -184,20 +184,45 @@ def test_little_runs_ahead_of_the_link(world: World) -> None:
     world.plan(1000.0, chunk=10**8, window=10**8)
     world.open(0)
     assert world.ask() == 10**8
-    assert world.pacer.ahead_bytes() == 5 * RATE // 1000
+    assert world.pacer.ahead_bytes() == 10 * RATE // 1000
 
 
 def test_outside_spans_looks_are_rarer_where_spans_are_long(world: World) -> None:
-    for usable_ms, expected_s in ((1.0, 0.0005), (20.0, 0.001), (1000.0, 0.002)):
+    for usable_ms, expected_s in ((1.0, 0.0005), (20.0, 0.001), (1000.0, 0.004)):
         world.plan(usable_ms, 0.001, 0.001)
         world.page.close_span()
         assert world.ask() == 0
-        assert world.pacer.pause_s() == pytest.approx(expected_s, rel=0.01)
+        assert world.pacer.is_shut()
+        assert world.pacer.pause_s(0) == pytest.approx(expected_s, rel=0.01)
         world.open(0)
+        assert not world.pacer.is_shut()
         assert world.ask()
-        assert world.pacer.pause_s() == 0.0005
+        assert world.pacer.pause_s(0) == 0.0005
         world.pass_ms(usable_ms)
-        assert world.pacer.pause_s() == pytest.approx(expected_s, rel=0.01)
+        assert world.pacer.pause_s(0) == pytest.approx(expected_s, rel=0.01)
+
+
+def test_inside_spans_a_third_of_what_is_in_flight_may_arrive_before_the_next_look(world: World) -> None:
+    world.plan(1000.0)
+    world.open(0)
+    assert world.ask()
+    waits = [world.pacer.pause_s(RATE * milliseconds // 1000) for milliseconds in (0, 3, 9, 100)]
+    assert waits == pytest.approx([0.0005, 0.001, 0.003, 0.004])
+
+
+def test_what_a_short_look_calls_shut_a_long_one_refuses(world: World) -> None:
+    world.plan(10.0)
+    for steps in ("close", "open", "rush", "close", "calm", "free", "open"):
+        match steps:
+            case "close":
+                world.page.close_span()
+            case "open":
+                world.open(0)
+            case "rush" | "calm":
+                world.page.rush(steps == "rush")
+            case "free":
+                world.page.set_pace(Pace.FREE)
+        assert world.pacer.is_shut() == (not world.ask())
 
 
 # -- a device that says where training is, but not since when ----------------------------------------------------------
@@ -223,6 +248,9 @@ def test_a_span_that_nobody_saw_beginning_is_not_used(world: World) -> None:
     device_opens(world, 1)
     for _ in world.polls(5.0):
         assert world.ask() == 0
+    world.page.close_span()
+    for _ in world.polls(50.0):
+        assert world.pacer.is_shut()
     device_opens(world, 0)
     assert world.ask() == 200_000
 

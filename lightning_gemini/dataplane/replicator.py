@@ -134,7 +134,8 @@ class Replicator:
         version = buffer.id
         if version is None:
             return
-        kept = self._kept_beside(buffer.owner, version)
+        slab = self._store.slab(buffer.owner)
+        kept = slab.kept_beside(version) if slab is not None else None
         pacer = self._pacer(buffer.owner)
 
         def still_wanted() -> bool:
@@ -145,15 +146,6 @@ class Replicator:
             if wanted and self._epoch == epoch:  # else another machine may have this rank by now
                 self._held[buffer.owner, link.peer.machine] = version
                 self._acknowledge()
-
-    def _kept_beside(self, owner: int, version: VersionId) -> VersionId | None:
-        """What the owner knows to be committed, rather than what it has: its own copy may be damaged."""
-        slab = self._store.slab(owner)
-        if slab is None:
-            return None
-        complete = (view.id for view in slab.views if view.complete)
-        known = [slab.committed] if slab.committed else complete
-        return max((other for other in known if other is not None and other < version), default=None)
 
     def _pacer(self, owner: int) -> Pacer:
         slab = self._store.slab(owner)

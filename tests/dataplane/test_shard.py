@@ -226,3 +226,12 @@ def test_a_class_that_the_script_has_no_more_is_named(monkeypatch: pytest.Monkey
 def test_what_cannot_be_pickled_says_so_at_once() -> None:
     with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
         lay_out(None, {"lock": lambda: None})
+
+
+def test_what_is_mutated_right_after_the_call_is_that_of_the_call() -> None:
+    losses, nested = [1.0], {"history": {"names": ["a"]}}
+    layout = lay_out({"groups": [{"lr": 0.1}]}, {"losses": losses, "callback": nested})
+    losses.append(2.0)
+    nested["history"]["names"].append("b")
+    _, volatile = read(memoryview(encode(layout)))
+    assert volatile == {"losses": [1.0], "callback": {"history": {"names": ["a"]}}}

@@ -289,3 +289,73 @@ def test_the_time_until_all_holders_have_it_is_noted(snapshotter: Snapshotter, b
     buffers[0].acknowledge(v(2), time.monotonic_ns())
     assert snapshot.replica_complete_s is None, "the buffer is another version's by now"
 
+
+# -- the gate ----------------------------------------------------------------------------------------------------------
+
+
+class Door:
+    """A gate that counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.is_open, self.asked = False, 0
+
+    def __call__(self) -> bool:
+        self.asked += 1
+        return self.is_open
+
+
+@pytest.fixture
+def door() -> Door:
+    return Door()
+
+
+@pytest.fixture
+def guarded(gate: Gate, door: Door) -> Iterator[Snapshotter]:
+    made = Snapshotter(gate.notify, CPU, door)
+    made.start()
+    yield made
+    door.is_open = True
+    made.close()
+
+
+def test_a_closed_gate_holds_the_copy_up(guarded: Snapshotter, door: Door, buffers: Buffers) -> None:
+    snapshot = guarded.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    wait_until(lambda: door.asked > 3, "the gate is asked again and again")
+    assert not snapshot.done
+    assert buffers[0].chunks_ready == 0
+    door.is_open = True
+    assert finished(snapshot).error is None
+    assert state_in(buffers[0])[0][0].all()
+
+
+def test_training_that_waits_opens_every_gate(guarded: Snapshotter, door: Door, buffers: Buffers) -> None:
+    weight = torch.ones(LARGE)
+    snapshot = guarded.begin(v(1), lay_out([weight], None), buffers[0])
+    wait_until(lambda: door.asked > 1, "the gate is asked")
+    snapshot.wait_until_read()
+    weight.zero_()
+    assert finished(snapshot).error is None
+    assert not door.is_open
+    assert state_in(buffers[0])[0][0].all()
+
+
+def test_the_gate_is_asked_before_every_piece(
+    guarded: Snapshotter, door: Door, buffers: Buffers, small_chunks: int
+) -> None:
+    door.is_open = True
+    pieces = 5
+    weight = torch.ones(pieces * small_chunks // 4)
+    assert finished(guarded.begin(v(1), lay_out([weight], None), buffers[0])).error is None
+    assert door.asked == pieces
+
+
+def test_a_gate_that_fails_ends_the_version_alone(gate: Gate, buffers: Buffers) -> None:
+    def fail() -> bool:
+        raise RuntimeError("the gate failed")
+
+    snapshotter = Snapshotter(gate.notify, CPU, fail)
+    snapshotter.start()
+    snapshot = finished(snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0]))
+    snapshotter.close()
+    assert str(snapshot.error) == "the gate failed"
+    assert buffers[0].id is None

@@ -147,7 +147,7 @@ class Trainer:
         )
 
     def _pace(self) -> None:
-        """Every other rank's versions travel in pieces while it computes; in the next run of the workers the others'."""
+        """Every other rank's versions travel in pieces while it computes; in the workers' next run the others'."""
         if (self._rank + self._memory.generation) % 2:
             usable_s = [self._program.step_s / 2, 0.0]
             self._slab.pace.set_plan(

@@ -30,7 +30,6 @@ from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.pace_page import Pace
 from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.slab import Buffer
-from lightning_gemini.dataplane.transport import pair as pairs
 from lightning_gemini.dataplane.transport.chunk_stream import SLOWEST_READ_BYTES_PER_S
 from lightning_gemini.dataplane.transport.outgoing import Outgoing, checksum_table
 from lightning_gemini.dataplane.transport.pair import Pair
@@ -224,7 +223,7 @@ class P2pTransport:
                 break
             outgoing.heard, heard, patience_s = time.monotonic(), True, 0.0
             while outgoing.uncredited and outgoing.pieces - len(outgoing.uncredited) < credit.size:
-                pairs.wait(outgoing.uncredited.popleft()[1])
+                self._sub_buffers.sent(outgoing.uncredited.popleft()[1])
         if outgoing.uncredited and time.monotonic() - outgoing.heard > ANSWER_TIMEOUT_S:
             raise TimeoutError(f"machine {self._machine} took no piece for {ANSWER_TIMEOUT_S:.0f} s")
         return heard

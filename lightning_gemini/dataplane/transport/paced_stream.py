@@ -14,7 +14,8 @@ from lightning_gemini.dataplane import wire
 from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.wire import Frame
 
-_LOOKS_A_QUESTION = 10  # whether the version is still wanted takes longer to find out than whether a span is open
+_SHORT_LOOKS = 5  # whether a span is open is known sooner than what may go,
+_LOOKS_A_QUESTION = 3  # and that sooner than whether the version is still wanted
 
 
 class TornChunkError(ConnectionAbortedError):
@@ -33,7 +34,7 @@ class PacedStream:
 
     def __init__(self, sock: socket.socket, pacer: Pacer, link: int, still_wanted: Callable[[], bool]) -> None:
         self._sock, self._pacer, self._link, self._still_wanted = sock, pacer, link, still_wanted
-        self._granted = self._sent = self._looks = 0
+        self._granted = self._sent = self._in_flight = self._looks = 0
         self._drained = False
 
     def send(self, frame: Frame, payload: memoryview, ready_bytes: Callable[[], int]) -> bool:
@@ -59,38 +60,41 @@ class PacedStream:
                 return False
             wire.send_all(self._sock, b"" if done else header, payload[done : done + size])
             done += size
-            self._drained = False
-            self._granted -= size
-            self._sent += size
-            self._pacer.page.note_sent(self._sent)
+            self._note(size)
         return True
+
+    def _note(self, size: int) -> None:
+        self._drained = False
+        self._granted -= size
+        self._sent += size
+        self._pacer.page.note_sent(self._sent)
+        self._pacer.page.note_in_flight(self._in_flight + size)
 
     def _allowed(self, ready_bytes: Callable[[], int]) -> int:
         """Waits until bytes may go, and returns how many; 0 where the version is given up first."""
-        pacer, link = self._pacer, self._link
-        while True:
-            in_flight = self._in_flight()
-            if not self._granted or not pacer.still_allowed(link):
-                self._granted = pacer.allowance(ready_bytes() - self._sent, in_flight, link)
-            ahead = pacer.ahead_bytes(link)
-            room = ahead - in_flight
-            if self._granted and room >= min(self._granted, ahead // 4):
-                return min(self._granted, room)
-            if not self._is_wanted():
+        while not (size := self._look(ready_bytes)):
+            self._looks += 1
+            if self._looks % _LOOKS_A_QUESTION == 0 and not self._still_wanted():
                 return 0
-            time.sleep(pacer.pause_s(link))
+            self._rest()
+        return size
 
-    def _in_flight(self) -> int:
-        if self._drained:  # and nothing was sent since: spares a call into the kernel at every look
-            return 0
-        found = in_flight_bytes(self._sock)
-        self._pacer.page.note_in_flight(found)
-        self._drained = not found
-        return found
+    def _look(self, ready_bytes: Callable[[], int]) -> int:
+        pacer, link = self._pacer, self._link
+        if not self._drained:  # else nothing was sent since, which spares a call into the kernel
+            self._in_flight = in_flight_bytes(self._sock)
+            self._drained = not self._in_flight
+        if not self._granted or not pacer.still_allowed(link):
+            self._granted = pacer.allowance(ready_bytes() - self._sent, self._in_flight, link)
+        ahead = pacer.ahead_bytes(link)
+        room = ahead - self._in_flight
+        return min(self._granted, room) if room >= min(self._granted, ahead // 4) else 0
 
-    def _is_wanted(self) -> bool:
-        self._looks += 1
-        return self._looks % _LOOKS_A_QUESTION != 0 or self._still_wanted()
+    def _rest(self) -> None:
+        for _ in range(_SHORT_LOOKS):
+            time.sleep(self._pacer.pause_s(self._in_flight, self._link))
+            if not self._pacer.is_shut():
+                return
 
 
 def in_flight_bytes(sock: socket.socket) -> int:

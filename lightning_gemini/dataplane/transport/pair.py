@@ -151,7 +151,7 @@ def _finish(memory: bytearray, work: dist.Work) -> bytes:
 
 
 def wait(work: dist.Work) -> None:
-    """Wait for bytes that were sent or received: on the CPU until they are there, on CUDA the current stream does.
+    """Wait until gloo has sent or received something.
 
     Raises:
         ConnectionError: The other end is gone.

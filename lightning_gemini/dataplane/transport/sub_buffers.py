@@ -63,6 +63,10 @@ class SubBuffers:
         """Start sending piece ``number`` from host memory, which must stay as it is until the peer has it."""
         return pair.send_bytes(source)
 
+    def sent(self, work: dist.Work) -> None:
+        """The peer has copied a piece out: let go of it."""
+        pairs.wait(work)
+
     def receive(self, pair: Pair, number: int, size_bytes: int) -> Arrival:
         """Start receiving piece ``number``; what its sub-buffer held must have been copied out."""
         tensor = self._take(number, size_bytes)
@@ -98,12 +102,15 @@ class DeviceSubBuffers(SubBuffers):
             tensor.copy_(source, non_blocking=True)
             return pair.send_bytes(tensor)
 
+    def sent(self, work: dist.Work) -> None:
+        """See :class:`SubBuffers`. Waiting would make this thread's stream wait: training's."""
+
     def receive(self, pair: Pair, number: int, size_bytes: int) -> Arrival:
         """See :class:`SubBuffers`."""
         tensor = self._take(number, size_bytes)
         with torch.cuda.device(self.device), torch.cuda.stream(self._network):
             work = pair.receive_bytes(tensor)
-            pairs.wait(work)
+            work.wait()  # the stream does, not this thread: it would with a timeout
             event = torch.cuda.Event()
             event.record(self._network)
         return Arrival(tensor, work, event)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loops.loop import _Loop
@@ -44,72 +43,69 @@ def lightning_state(trainer: pl.Trainer) -> dict[str, Any]:
 def loop_states(trainer: pl.Trainer) -> dict[str, Any]:
     """What every loop has to save, as Lightning has it in checkpoints."""
     found = _found.get(trainer)
-    if found is None or not all(part.holds() for part in found):
-        found = _found[trainer] = [part for name in _LOOPS for part in _look_through(name, getattr(trainer, name), "")]
-    states: dict[str, Any] = {name: {} for name in _LOOPS}
-    for part in found:
-        part.read(states[part.name])
-    return states
+    if found is None or not found.holds():
+        found = _found[trainer] = _Loops(trainer)
+    return found.read()
 
 
-@dataclass(frozen=True, slots=True)
-class _LoopPart:
-    """A loop, and where Lightning has what it holds.
+class _Loops:
+    """A trainer's loops, and where Lightning has what they hold; looked through once, and again when that changes.
 
-    Attributes:
-        name: Of the outermost loop.
-        loop: The loop.
-        prefix: Of its entries.
-        progress: Its counters by attribute.
-        loops: The loops in it, by attribute.
-        attributes: How many attributes it has.
+    Args:
+        trainer: The trainer.
     """
 
-    name: str
-    loop: Any
-    prefix: str
-    progress: tuple[tuple[str, _BaseProgress], ...]
-    loops: tuple[tuple[str, Any], ...]
-    attributes: int
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self._owners: list[dict[str, Any]] = []
+        self._parts: list[tuple[dict[str, Any], str, Any]] = []
+        self._loops: list[tuple[str, str, Any]] = []
+        self._progress: list[tuple[str, str, dict[str, Any]]] = []
+        for name in _LOOPS:
+            self._look_through(name, getattr(trainer, name), "")
+        self._sizes = list(map(len, self._owners))
 
     def holds(self) -> bool:
-        """Whether it still consists of the same things."""
-        here = vars(self.loop)
-        same = all(here.get(name) is part for name, part in (*self.progress, *self.loops))
-        return same and len(here) == self.attributes
+        """Whether they still consist of the same parts."""
+        same = all(owner.get(name) is part for owner, name, part in self._parts)
+        return same and list(map(len, self._owners)) == self._sizes
 
-    def read(self, into: dict[str, Any]) -> None:
-        """Adds its entries."""
-        if type(self.loop).state_dict is not _Loop.state_dict:
-            self.loop.state_dict(into, self.prefix)
+    def read(self) -> dict[str, Any]:
+        """The state of each."""
+        states: dict[str, dict[str, Any]] = {name: {} for name in _LOOPS}
+        for name, prefix, loop in self._loops:
+            if type(loop).state_dict is _Loop.state_dict:
+                states[name][f"{prefix}state_dict"] = loop.on_save_checkpoint()
+            else:
+                loop.state_dict(states[name], prefix)
+        for name, key, values in self._progress:
+            states[name][key] = _counters(values)
+        return states
+
+    def _look_through(self, name: str, loop: Any, prefix: str) -> None:
+        self._loops.append((name, prefix, loop))
+        if type(loop).state_dict is not _Loop.state_dict:
             return
-        into[f"{self.prefix}state_dict"] = self.loop.on_save_checkpoint()
-        for name, progress in self.progress:
-            into[self.prefix + name] = _progress(progress)
+        self._owners.append(vars(loop))
+        for key, part in vars(loop).items():
+            if isinstance(part, _BaseProgress):
+                self._progress.append((name, prefix + key, vars(part)))
+            elif isinstance(part, _Loop):
+                self._look_through(name, part, f"{prefix}{key}.")
+            else:
+                continue
+            self._parts.append((vars(loop), key, part))
 
 
-_found: weakref.WeakKeyDictionary[pl.Trainer, list[_LoopPart]] = weakref.WeakKeyDictionary()
+_found: weakref.WeakKeyDictionary[pl.Trainer, _Loops] = weakref.WeakKeyDictionary()
 
 
-def _look_through(name: str, loop: Any, prefix: str) -> Iterator[_LoopPart]:
-    here = vars(loop)
-    own = type(loop).state_dict is not _Loop.state_dict
-    loops = () if own else tuple((key, value) for key, value in here.items() if isinstance(value, _Loop))
-    progress = tuple((key, value) for key, value in here.items() if isinstance(value, _BaseProgress))
-    yield _LoopPart(name, loop, prefix, progress, loops, len(here))
-    for key, inner in loops:
-        yield from _look_through(name, inner, f"{prefix}{key}.")
-
-
-def _progress(progress: _BaseProgress) -> dict[str, Any]:
-    """The counters; a kind of progress that is more than counters reads itself."""
-    if type(progress).state_dict is not _BaseProgress.state_dict:
-        return progress.state_dict()
-    state = dict(vars(progress))
-    for name, value in state.items():
+def _counters(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what a progress holds: numbers, and progress of its parts."""
+    counters = values.copy()
+    for name, value in values.items():
         if isinstance(value, _BaseProgress):
-            state[name] = _progress(value)
-    return state
+            counters[name] = _counters(vars(value))
+    return counters
 
 
 class StateOnDemand(OrderedDict[str, Any]):

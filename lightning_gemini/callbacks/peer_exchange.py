@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import distributed_c10d
 
 from lightning_gemini.callbacks.peer_memory import PeerMemory
@@ -50,11 +50,19 @@ class PeerExchange:
         device: What the bytes pass through.
         config: For the sub-buffers.
         fit: Number of the fit in this process: pairs of different fits must not meet.
+        store: Where workers meet; ``None``: the store of the job's process group.
     """
 
     def __init__(
-        self, memory: PeerMemory, slab: Slab, device: torch.device, config: CheckpointConfig, fit: int
+        self,
+        memory: PeerMemory,
+        slab: Slab,
+        device: torch.device,
+        config: CheckpointConfig,
+        fit: int,
+        store: Store | None = None,
     ) -> None:
+        self._store = store
         self._memory, self._slab, self._device, self._config, self._fit = memory, slab, device, config, fit
         self._pacer = Pacer(slab.pace)
         self._wake = threading.Condition()
@@ -142,7 +150,7 @@ class PeerExchange:
     def _pair(self, source: int, holder: int) -> Pair:
         """Meets the worker with this local rank on the other machine."""
         mine = source == self._memory.identity.machine
-        job: Any = distributed_c10d._get_default_store()
+        job: Any = self._store or distributed_c10d._get_default_store()
         local = self._memory.identity.local_rank
         name = f"gemini/p2p/{self._memory.generation}/{self._fit}/{local}/{source}-{holder}"
         return Pair.open(
@@ -217,21 +225,20 @@ class PeerExchange:
         """Send the newest version if the holder lacks it; returns what it has, and how long to wait for news."""
         buffer = self._slab.newest_started()
         version = buffer.id if buffer is not None else None
-        if buffer is None or version is None or version == held:
+        if buffer is None or version is None:
             return held, _IDLE_S
-        if not transport.push(buffer, version, lambda: self._wanted(buffer), self._kept_beside(version), self._pacer):
-            return held, 0.0
+        if version != held:
+            kept = self._slab.kept_beside(version)
+            if not transport.push(buffer, version, lambda: self._wanted(buffer), kept, self._pacer):
+                return held, 0.0
+        elif buffer.acked == version:
+            return held, _IDLE_S
+        # Again and again, until it is acknowledged: the agent may have heard of an older one meanwhile, by TCP.
         client.note_held(self._memory.identity.global_rank, machine, version, self._memory.generation)
-        return version, 0.0
+        return version, _RETRY_S
 
     def _wanted(self, buffer: Buffer) -> bool:
         return self.working and buffer.state is not BufferState.EMPTY
-
-    def _kept_beside(self, version: VersionId) -> VersionId | None:
-        """See :meth:`~lightning_gemini.dataplane.replicator.Replicator._kept_beside`."""
-        complete = (view.id for view in self._slab.views if view.complete)
-        known = [self._slab.committed] if self._slab.committed else complete
-        return max((other for other in known if other is not None and other < version), default=None)
 
     def _recheck(self) -> None:
         """Nobody takes a version whose bytes are corrupt here: so after a refusal each is read again, once."""

@@ -12,7 +12,7 @@ from lightning_gemini.callbacks.data_position.random_state import RandomState
 def capture_random() -> dict[str, Any]:
     """Every generator's state, in plain values; cheap, and without waiting for the GPU."""
     state = RandomState.capture().to_plain()
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 

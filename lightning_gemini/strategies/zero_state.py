@@ -22,9 +22,12 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-_PLACES = "param_slice_mappings"  # where each parameter lies in the flat partitions: stages 1 and 2, never changes
-
-_PACKED = " types"  # no parameter's name has a space
+_FIXED = (
+    "zero_stage",
+    "param_slice_mappings",
+    "loss_scaler",
+)  # of the optimizer's state: pickled once, while they hold
+_PACKED = " packed"  # beside names, none of which has a space
 
 
 def require_supported(config: dict[str, Any]) -> None:
@@ -70,8 +73,9 @@ class ZeroState:
         self._packed = shard.pack({})
         self._frozen: dict[str, torch.nn.Parameter] = {}
         self._frozen_of: tuple[Any, list[bool]] | None = None
-        self._places = getattr(engine.optimizer, "_" + _PLACES, None)
-        self._packed_places = shard.pack(self._places)
+        state = engine.optimizer.state_dict()
+        self._fixed = {name: (state[name], _values(state[name])) for name in _FIXED if name in state}
+        self._packed_fixed: dict[tuple[str, ...], torch.Tensor] = {}
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -119,8 +123,11 @@ class ZeroState:
 
     def _optimizer_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._engine.optimizer.state_dict()
-        if self._places is not None and state.get(_PLACES) is self._places:
-            state[_PLACES] = self._packed_places
+        names = tuple(n for n, (part, known) in self._fixed.items() if state.get(n) is part and _values(part) == known)
+        fixed = {name: state.pop(name) for name in names}
+        if names not in self._packed_fixed:
+            self._packed_fixed[names] = shard.pack(fixed)
+        state[_PACKED] = self._packed_fixed[names]
         return state
 
     def _written(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
@@ -144,7 +151,7 @@ class ZeroState:
     def files(stable: dict[str, Any], volatile: dict[str, Any], client_state: dict[str, Any]) -> dict[str, Any]:
         """A restored or captured shard as the files of a DeepSpeed checkpoint directory: name to content."""
         constant = shard.unpack(stable["constant"])
-        optimizer = _with_places(stable["optimizer"])
+        optimizer = _complete(stable["optimizer"])
         files = {constant["optimizer_file"]: {"optimizer_state_dict": optimizer, **constant["versions"]}}
         if stable["parameters"] is not None:
             module = {**_tensors(stable["parameters"]), **volatile["buffers"]}
@@ -192,7 +199,7 @@ class ZeroState:
             setattr(engine, name, value)
         rank = dist.get_rank(group=engine.optimizer.dp_process_group)
         states: list[Any] = [None] * dist.get_world_size(group=engine.optimizer.dp_process_group)
-        states[rank] = _with_places(stable["optimizer"])
+        states[rank] = _complete(stable["optimizer"])
         engine.optimizer.load_state_dict(
             state_dict_list=states,
             load_optimizer_states=True,
@@ -255,10 +262,18 @@ def _tensors(parameters: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.empty(0, dtype=dtype) for name, dtype in shard.unpack(parameters[_PACKED]).items()}
 
 
-def _with_places(optimizer: dict[str, Any]) -> dict[str, Any]:
+def _values(part: Any) -> dict[str, Any]:
+    """What may change in a part of the optimizer's state that stays the same object: the loss scaler's numbers."""
+    return dict(vars(part)) if hasattr(part, "cur_scale") else {}
+
+
+def _complete(optimizer: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's state as DeepSpeed's ``state_dict()`` had it."""
-    packed = optimizer.get(_PLACES)
-    return {**optimizer, _PLACES: shard.unpack(packed)} if isinstance(packed, torch.Tensor) else optimizer
+    if _PACKED not in optimizer:
+        return optimizer
+    state = {**optimizer, **shard.unpack(optimizer[_PACKED])}
+    del state[_PACKED]
+    return state
 
 
 def _first_difference(expected: Any, found: Any) -> str:

@@ -44,7 +44,6 @@ from lightning_gemini.errors import GeminiError
 
 TRAINING = Path(__file__).resolve().with_name("interference_training.py")
 NOTE = "the accelerator's compute is a timed wait; communication, optimizer, checkpoints and their traffic are real"
-BURST = "32kb"
 _POLL_S = 0.2
 _START_S = 180.0
 _ITERATION_S = 30.0
@@ -88,7 +87,7 @@ class Experiment:
         settings.write_text(json.dumps(self._settings(folder)))
         script = [str(TRAINING), str(settings)]
         with (
-            Namespaces(self.cfg.machines, f"{mbit}mbit", BURST) as net,
+            Namespaces(self.cfg.machines, f"{mbit}mbit", self.cfg.burst) as net,
             NamespaceJob(net, folder, script, priority=self.cfg.priority) as job,
         ):
             self._watch(job, folder, screen)

@@ -7,7 +7,8 @@ from typing import Any
 
 from lightning_gemini.controlplane.control_socket import Reply, WorkerSession
 from lightning_gemini.core.recovery import version_from_json
-from lightning_gemini.dataplane.transport.reception import Reception, ShardHost
+from lightning_gemini.dataplane.store import ShardStore
+from lightning_gemini.dataplane.transport.reception import Reception
 from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import ProtocolError
 
@@ -22,7 +23,7 @@ class Receptions:
         store: Where the replicas are.
     """
 
-    def __init__(self, store: ShardHost) -> None:
+    def __init__(self, store: ShardStore) -> None:
         self._store = store
         self._lock = threading.Lock()
         self._open: dict[int, Reception] = {}
@@ -55,6 +56,8 @@ class Receptions:
         if taken:
             reception.end()
             raise ProtocolError("one replica at a time: end the one that this connection has begun")
+        if self._store.generation != int(request["generation"]):  # since it was asked: it missed `give_up`
+            reception.give_up()
         return {"have": False}, (reception.buffer.fd,)
 
     def end(self, session: WorkerSession) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane import pacer
 from lightning_gemini.dataplane.pace_page import Pace, PacePage
 from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.slab import Buffer, chunk_bytes_for
@@ -92,10 +93,19 @@ def test_every_byte_arrives_through_any_number_of_sub_buffers(
 class Paced:
     """A push that obeys a page."""
 
-    def __init__(self, rig: P2pRig, buffer: Buffer, *, chunk: int, window: int, one_chunk: bool = False) -> None:
+    def __init__(
+        self,
+        rig: P2pRig,
+        buffer: Buffer,
+        *,
+        chunk: int,
+        window: int,
+        one_chunk: bool = False,
+        usable_s: float = GENEROUS_S,
+    ) -> None:
         self.rig, self.buffer, self.page = rig, buffer, PacePage.private()
         self.page.set_plan(
-            [GENEROUS_S, GENEROUS_S],
+            [usable_s, usable_s],
             bandwidth_bytes_per_s=1e9,
             startup_s=0.0,
             chunk_bytes=chunk,
@@ -152,6 +162,17 @@ def test_the_rest_goes_at_once_when_training_waits(
     wait_until(lambda: paced.arrived == 0, "the holder waits for the first piece")
     paced.page.rush(True)
     assert pushing.result(20.0)
+    assert_arrived(paced.rig, NEW)
+
+
+def test_a_span_that_never_opens_does_not_hold_a_version_back(
+    make_rig: MakeRig, buffer: Buffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training does something else, or nothing: there is no step whose rush would end it."""
+    monkeypatch.setattr(pacer, "_PATIENCE_NS", 100_000_000)
+    paced = Paced(make_rig(), buffer, chunk=100_003, window=4 * 100_003, usable_s=0.01)
+    write_version(buffer, NEW, SIZE)
+    assert paced.push()
     assert_arrived(paced.rig, NEW)
 
 

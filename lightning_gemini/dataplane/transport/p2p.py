@@ -42,7 +42,7 @@ ANSWER_TIMEOUT_S = 60.0
 GOODBYE = Frame(Kind.END)
 BUFFERS = struct.Struct("<QQ")
 _POLL_S = 0.001
-_LOOK_S = 0.01
+_SHORT_LOOKS = 5  # at whether a span is open, before the next at everything
 _GOODBYE_TIMEOUT_S = 2.0
 
 
@@ -198,10 +198,9 @@ class P2pTransport:
 
     def _wait_for_change(self, outgoing: Outgoing, pacer: Pacer | None) -> None:
         """Until it is worth asking again. This runs beside the training thread, so a look must cost next to nothing."""
-        deadline = time.monotonic() + _LOOK_S
-        conditions = _conditions(outgoing, pacer)
-        while not self._take_credits(outgoing, _POLL_S):
-            if _conditions(outgoing, pacer) != conditions or time.monotonic() > deadline:
+        for _ in range(_SHORT_LOOKS):
+            pause_s = _POLL_S if pacer is None else pacer.pause_s(outgoing.in_flight, self._machine)
+            if self._take_credits(outgoing, pause_s) or pacer is None or not pacer.is_shut():
                 return
 
     def _send_piece(self, pair: Pair, outgoing: Outgoing, size: int) -> None:
@@ -276,12 +275,6 @@ class P2pTransport:
         if frame.kind not in expected:
             raise ProtocolError(f"machine {self._machine} answered {frame.kind.name}, expected {expected}")
         return frame
-
-
-def _conditions(outgoing: Outgoing, pacer: Pacer | None) -> tuple[int, ...]:
-    """What may change that lets more bytes go, besides a credit."""
-    ready = outgoing.buffer.chunks_ready
-    return (ready,) if pacer is None else (ready, pacer.page.marks()[0], pacer.page.rushing, pacer.page.pace)
 
 
 def _read_answers(pair: Pair, answers: queue.SimpleQueue[tuple[Frame, bytes] | Exception]) -> None:

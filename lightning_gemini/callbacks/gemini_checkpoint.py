@@ -112,6 +112,7 @@ class GeminiCheckpoint(Checkpoint):
         except Exception as error:  # a user's hook, an object that cannot be pickled: training must go on
             log.warning("version %d cannot be taken: %s", step, error, exc_info=True)
             layout = None
+        self._publisher.costs = {"scheme": state.traffic.scheme.value}
         self._publisher.publish(step, layout, began)
         if state.traffic.scheme is Scheme.BLOCKING:
             self._publisher.wait_for_holders()

@@ -288,7 +288,7 @@ class JobState:
         if self._publisher is not None:
             self._publisher.drain()
         if self.exchange is not None:
-            self.exchange.close()
+            self.exchange.close(orderly=self.finished)
         if self._snapshotter is not None:
             self._snapshotter.close()
         if self.persister is not None:

@@ -132,8 +132,20 @@ class StateOnDemand(OrderedDict[str, Any]):
         self._fill()
         return getattr(self, name)
 
+    # What makes another one makes an ordinary one.
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         return OrderedDict(self).__reduce_ex__(protocol)
+
+    def copy(self) -> Any:
+        """A shallow copy."""
+        return OrderedDict(self)
+
+    def __or__(self, other: Any) -> Any:
+        return OrderedDict(self) | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | OrderedDict(self)
 
 
 def _filled(name: str) -> Any:
@@ -148,8 +160,8 @@ def _filled(name: str) -> Any:
 
 
 for _name in (
-    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__", "__or__"),
-    *("__repr__", "__reversed__", "__ror__", "__setitem__", "clear", "copy", "get", "items", "keys", "move_to_end"),
-    *("pop", "popitem", "setdefault", "update", "values"),
+    *("__contains__", "__delitem__", "__eq__", "__getitem__", "__ior__", "__iter__", "__len__", "__ne__"),
+    *("__repr__", "__reversed__", "__setitem__", "clear", "get", "items", "keys", "move_to_end", "pop", "popitem"),
+    *("setdefault", "update", "values"),
 ):
     setattr(StateOnDemand, _name, _filled(_name))

@@ -38,7 +38,7 @@ _MEETING_S = 30.0
 _RETRY_S = 0.2
 _IDLE_S = 0.5
 _PATIENCE_S = 10.0  # holders that are just starting refuse for a moment
-_CLOSE_S = 5.0
+_CLOSE_S, _HURRY_S = 5.0, 0.2
 
 
 class PeerExchange:
@@ -88,15 +88,20 @@ class PeerExchange:
             if machine != identity.machine and identity.machine in placement.holders(machine):
                 self._spawn(f"p2p-from-{machine}", self._receive, machine)
 
-    def close(self) -> None:
-        """Say goodbye and end the threads; idempotent, and bounded in time where a peer is silent."""
+    def close(self, *, orderly: bool = True) -> None:
+        """End the threads; idempotent, and bounded in time where a peer is silent.
+
+        Args:
+            orderly: Whether all ranks close now, so that it is worth waiting for their goodbyes. One that failed
+                must not keep the others from starting anew.
+        """
         if not self._open:
             return
         with self._wake:
             self._open = False
             self._wake.notify_all()
         self._slab.pace.hold(False)
-        if not self._join(_CLOSE_S):
+        if not self._join(_CLOSE_S if orderly else _HURRY_S):
             for transport in self._sending.values():
                 transport.abort()
             for receiver in list(self._receiving.values()):

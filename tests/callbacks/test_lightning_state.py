@@ -109,6 +109,8 @@ USES: dict[str, Callable[[Any], Any]] = {
     "dict": lambda state: list(dict(state)),
     "unpack": lambda state: list({**state}),
     "or": lambda state: list(state | {"new": 1}),
+    "or from the right": lambda state: list({"new": 1} | state),
+    "shallow copy": lambda state: list(state.copy()),
     "reversed": lambda state: list(reversed(state)),
     "copy": lambda state: list(copy.deepcopy(state)),
     "pickle": lambda state: list(pickle.loads(pickle.dumps(state))),

@@ -30,6 +30,7 @@ class Worker:
 
     def __init__(self, cluster: Cluster, rank: int, store: Path) -> None:
         self.rank, self._cluster = rank, cluster
+        cluster.memories[rank].generation = cluster.generation
         self.slab = cluster.memories[rank].client.attach(SIZE)
         config = CheckpointConfig(replicas=cluster.replicas, transport="p2p", buffer_bytes=4 * 7001)
         shared = dist.FileStore(str(store), -1)
@@ -111,6 +112,18 @@ def test_versions_travel_from_worker_to_worker(workers: Workers, machines: int, 
     assert all(0 < worker.exchange.peak_buffer_bytes <= (machines - 1) * 4 * 7001 for worker in ranks)
 
 
+def test_a_rank_that_failed_does_not_wait_for_the_others(workers: Workers) -> None:
+    first, second = start(workers())
+    first.commit(6)
+    began = time.monotonic()
+    first.exchange.close(orderly=False)
+    assert time.monotonic() - began < peer_exchange._CLOSE_S, "as long as an orderly end may take"
+    assert not first.slab.pace.held
+    first.commit(7)
+    second.commit(6)
+    assert not second.exchange.working
+
+
 def test_tcp_serves_until_all_have_met(workers: Workers) -> None:
     first, second = workers()
     first.exchange.start()
@@ -150,7 +163,7 @@ def test_a_short_refusal_changes_nothing(workers: Workers) -> None:
     first, second = start(workers())
     with second._cluster.agents[1]._store.writer(0):
         buffer = first.publish(6)
-        time.sleep(0.3)  # it is refused meanwhile, whether or not
+        time.sleep(0.3)  # in which it is refused once or twice
         assert buffer.acked != v(6)
     wait_until(lambda: buffer.acked == v(6), "it is sent after all")
     assert first.exchange.working

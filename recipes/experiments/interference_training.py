@@ -5,9 +5,9 @@ for a set time, so that four machines made on this one do not fight for its proc
 checkpoints and their traffic are real. Parameters are gathered when a layer needs them, not ahead: training waits for
 its communication, which therefore shows everything that gets in its way.
 
-Rank 0 writes a line for every iteration to ``iterations.jsonl`` in the run directory, for every plan to ``plans.jsonl``
-and for the idle time of iterations without checkpoints to ``idle.jsonl``; every rank one for every comparison with its
-replicas to ``verified/``.
+Rank 0 writes a line for every iteration to ``iterations.jsonl`` in the run directory, for what it used and left of the
+network to ``traces.jsonl``, and for the plan to ``plans.jsonl``; every rank one for every comparison with its replicas
+to ``verified/``.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Alternation(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._index >= 1:  # by now the profiler has finished the iteration before
-            self.record.idle(trainer.strategy.job_state, self.turns[self._index - 1])  # type: ignore[attr-defined]
+            self.record.trace(trainer.strategy.job_state, self.turns[self._index - 1])  # type: ignore[attr-defined]
 
     def _planned(self, state: Any) -> bool:
         if state.traffic.plan is None and self._iterations > self.patience:
@@ -141,6 +141,7 @@ class Record:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._trace: Any = None
         (folder / "verified").mkdir(exist_ok=True)
 
     def iteration(self, state: Any, step: int, turn: Turn, seconds: float) -> None:
@@ -148,12 +149,15 @@ class Record:
         line = {"version": step - 1, "scheme": turn.scheme, "round": turn.round, "counted": turn.counted}
         self._append(state, "iterations.jsonl", {**line, "seconds": seconds})
 
-    def idle(self, state: Any, turn: Turn) -> None:
-        """What training left of the network in the iteration before; only where nothing else used it."""
+    def trace(self, state: Any, turn: Turn) -> None:
+        """What training used and left of the network in the iteration before."""
         trace = state.traffic.last_trace
-        if turn.scheme == "none" and turn.counted and trace is not None:
-            line = {"idle_s": sum(trace.idle_spans_s()), "iteration_s": trace.ended_s - trace.began_s}
-            self._append(state, "idle.jsonl", line)
+        if trace is None or trace is self._trace or not turn.counted:
+            return
+        self._trace = trace
+        idle_s = sum(trace.idle_spans_s())
+        line = {"scheme": turn.scheme, "idle_s": idle_s, "busy_s": trace.ended_s - trace.began_s - idle_s}
+        self._append(state, "traces.jsonl", line)
 
     def plan(self, state: Any, index: int) -> None:
         """The plan in force."""

@@ -6,7 +6,7 @@ import json
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +44,19 @@ def measured_rows(folder: Path, link_mbit: float, seed: int) -> list[dict[str, A
     plans = read_lines(folder / "plans.jsonl")
     if REFERENCE not in by_scheme or not plans:
         raise IncompleteError(f"{folder}: expected iterations of {REFERENCE!r} and a plan; see rank0.log there")
-    idle_s = [line["idle_s"] for line in read_lines(folder / "idle.jsonl")]
+    traces, costs = read_lines(folder / "traces.jsonl"), _costs(folder)
     shared = {
         "link_mbit": link_mbit,
         "fits": plans[-1]["overrun_s"] == 0.0,
-        "idle_s": statistics.median(idle_s) if idle_s else None,
+        "idle_s": _median(line["idle_s"] for line in traces if line["scheme"] == REFERENCE),
     }
-    costs = _costs(folder)
     return [
-        {**_row(scheme, rounds, by_scheme[REFERENCE], seed), **shared, **_traffic(costs, versions[scheme])}
+        {
+            **_row(scheme, rounds, by_scheme[REFERENCE], seed),
+            **shared,
+            **_traffic(costs, versions[scheme]),
+            "communication_s": _median(line["busy_s"] for line in traces if line["scheme"] == scheme),
+        }
         for scheme, rounds in by_scheme.items()
     ]
 
@@ -117,11 +121,16 @@ def _traffic(costs: Mapping[int, list[dict[str, Any]]], versions: set[int]) -> d
     peaks = [line["peak_buffer_bytes"] for lines in taken for line in lines]
     return {
         "versions": len(taken),
-        "checkpoint_s": statistics.median(known) if known else None,
+        "checkpoint_s": _median(known),
         "checkpoint_bytes": max((line["bytes"] for lines in taken for line in lines), default=None),
         "peak_buffer_bytes": max(peaks, default=None),
-        "stall_s": statistics.median(line["stall_s"] for lines in taken for line in lines) if taken else None,
+        "stall_s": _median(line["stall_s"] for lines in taken for line in lines),
     }
+
+
+def _median(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.median(known) if known else None
 
 
 def _times(lines: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -128,6 +128,7 @@ class Measurement(pl.Callback):
         self._began: float | None = None
         self._index = -WARM_UP
         self._memory = torch.zeros(0), torch.zeros(0)
+        self._memcpy_s = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A single machine has no traffic to schedule."""
@@ -137,8 +138,7 @@ class Measurement(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Before the strategy's own callback, which is the last one."""
         state = trainer.strategy.job_state  # type: ignore[attr-defined]
-        memcpy_s = self._copy_s(state.slab.buffers)
-        now = time.perf_counter()
+        now, memcpy_s = time.perf_counter(), self._memcpy_s
         seconds, cpu_seconds = self.stopwatch.take()
         if self._began is not None and self._index % BLOCK >= SETTLING and self._index >= 0:
             self.iterations.append(
@@ -154,6 +154,10 @@ class Measurement(pl.Callback):
         self._began = now
         if self._index % BLOCK == 0 and self._index >= 0:
             state.traffic.set_scheme(self._turn())
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: torch.Tensor) -> None:
+        """Far from what is measured: it takes the caches."""
+        self._memcpy_s = self._copy_s(trainer.strategy.job_state.slab.buffers)  # type: ignore[attr-defined]
 
     def _turn(self) -> str:
         return NONE if self._index // BLOCK % 2 else self.scheme

@@ -164,12 +164,16 @@ def test_rows_are_read_from_what_ranks_wrote(tmp_path: Path) -> None:
         iteration(4, "eager", 1.5),
     )
     write("plans.jsonl", {"overrun_s": 0.5}, {"overrun_s": 0.0})
-    write("idle.jsonl", {"idle_s": 0.25})
+    traces = [
+        {"scheme": scheme, "idle_s": 0.25, "busy_s": busy_s} for scheme, busy_s in (("none", 0.5), ("eager", 0.75))
+    ]
+    write("traces.jsonl", *traces)
     write("stats/rank0.jsonl", cost(2, 8.0, 900), cost(3, 0.2, 10), cost(4, None, 30))
     write("stats/rank1.jsonl", cost(3, 0.3, 20), cost(4, 0.1, 20))
     none, eager = measured.measured_rows(tmp_path, 50, 1)
     assert (none["overhead"], none["checkpoint_s"], none["peak_buffer_bytes"], none["versions"]) == (0.0, None, None, 0)
     assert eager["overhead"] == pytest.approx(0.5)
+    assert (none["communication_s"], eager["communication_s"]) == (0.5, 0.75)
     assert (eager["fits"], eager["idle_s"], eager["link_mbit"], eager["iterations"]) == (True, 0.25, 50, 2)
     assert (eager["versions"], eager["peak_buffer_bytes"], eager["checkpoint_bytes"]) == (2, 30, 100)
     assert eager["checkpoint_s"] == pytest.approx(0.2), "of the slowest rank, half way between two versions"

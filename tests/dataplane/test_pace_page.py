@@ -108,6 +108,16 @@ def test_the_time_of_the_next_span_is_not_taken_for_that_of_the_last() -> None:
     assert agent.span().began_ns >= first.began_ns
 
 
+def test_a_span_ends_before_the_next_one_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, agent = two_sides()
+    worker.open_span(1)
+    seen = []
+    monkeypatch.setattr(pace_page.time, "monotonic_ns", lambda: seen.append(agent.span().open) or 5)
+    worker.open_span(2)
+    assert seen == [False]
+    assert agent.span() == Span(2, 5, True)
+
+
 def test_peak_and_progress() -> None:
     worker, agent = two_sides()
     for size in (5, 9, 7):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane import wire
 from lightning_gemini.dataplane.pace_page import Pace, PacePage
 from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.slab import Buffer
@@ -148,6 +150,33 @@ def test_a_rush_sends_the_rest_at_once_from_the_middle_of_a_chunk(start: Start, 
     wait_until(lambda: buffer.acked == v(1), "acknowledged")
     assert_held(holder, 0, v(1), size)
     assert page.sent == size
+
+
+def test_a_large_piece_stops_where_its_span_does(
+    start: Start, asked: Asked, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training may need the network earlier than usual: what was allowed but not sent waits."""
+    sender, holder = start(2)
+    page = sender.slab(0).pace
+    page.set_plan([1000.0], bandwidth_bytes_per_s=1e6, startup_s=0.0, chunk_bytes=size, window_bytes=size)
+    page.set_pace(Pace.PACED)
+    real = wire.send_all
+
+    def closing(sock: Any, header: bytes, payload: Any) -> None:
+        real(sock, header, payload)
+        if payload:
+            page.close_span()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(wire, "send_all", closing)
+        page.open_span(0)
+        buffer = publish(sender, 0, v(1), size)
+        asked.wait_for_refusals(5)
+        assert page.take_peak() == size  # all of it was allowed
+        assert 0 < page.sent < size / 2
+    page.rush(True)
+    wait_until(lambda: buffer.acked == v(1), "acknowledged")
+    assert_held(holder, 0, v(1), size)
 
 
 def test_pieces_cross_the_slabs_chunks(start: Start, asked: Asked, size: int, small_chunks: int) -> None:

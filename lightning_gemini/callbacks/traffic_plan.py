@@ -19,7 +19,7 @@ __all__ = ["Plan", "Planner", "figures", "sentence"]
 log = logging.getLogger(__name__)
 
 _MOST_ITERATIONS = 1000
-_CHUNK_S = 0.002
+_CHUNK_S = 0.004
 _LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 16 << 10, 32 << 20
 _P2P_BUFFER_BYTES = 128 << 20  # R in GEMINI
 

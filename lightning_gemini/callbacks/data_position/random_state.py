@@ -6,11 +6,9 @@ loader's *sources*: generators which were handed to the loader, its samplers or 
 
 from __future__ import annotations
 
-import _random
 import ctypes
 import random
 import struct
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,9 +23,6 @@ _EPOCH_NAMES = ("epoch", "_epoch")
 _MT19937_BYTES = 625 * 4
 _LONGEST_CHILD_LIST = 16
 _WORDS = struct.Struct("=625I")
-_CPYTHON = sys.implementation.name == "cpython"
-_PYTHON_WORDS = object.__basicsize__, _random.Random.__basicsize__ - object.__basicsize__  # where, and bytes
-_python_seen: tuple[int, bytes, Any, tuple[Any, ...]] | None = None
 _plain_seen: dict[str, tuple[Any, Any]] = {}
 _numpy_seen: tuple[object, bytes, dict[str, Any]] | None = None
 
@@ -95,7 +90,7 @@ class RandomState:
     def capture(cls, sources: Sequence[RandomSource] = ()) -> RandomState:
         """Reads the process's generators and `sources`; draws nothing (about 20 µs)."""
         found = {source.path: source.read() for source in sources}
-        return cls(_python_state(), _numpy_state(), torch.get_rng_state(), found)
+        return cls(random.getstate(), _numpy_state(), torch.get_rng_state(), found)
 
     def restore(self, sources: Sequence[RandomSource] = ()) -> None:
         """Puts the process's generators and those of `sources` that this state knows back."""
@@ -165,18 +160,6 @@ def _walk(path: str, value: Any, seen: set[int]) -> Iterator[RandomSource]:
 
 def _is_python_random(value: object) -> bool:
     return isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
-
-
-def _python_state() -> tuple[Any, ...]:
-    # As for numpy: handing out 625 numbers takes longer than a look at whether they are still the same.
-    global _python_seen
-    if not _CPYTHON:
-        return random.getstate()
-    generator: Any = random._inst
-    memory = ctypes.string_at(id(generator) + _PYTHON_WORDS[0], _PYTHON_WORDS[1])
-    if _python_seen is None or _python_seen[:3] != (id(generator), memory, generator.gauss_next):
-        _python_seen = (id(generator), memory, generator.gauss_next, random.getstate())
-    return _python_seen[3]
 
 
 def _remembered(name: str, part: Any) -> Any:

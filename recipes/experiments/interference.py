@@ -74,8 +74,9 @@ class Experiment:
         for number, mbit in enumerate(self.extent.links_mbit):
             title = f"{mbit} Mbit/s, {number + 1} of {len(self.extent.links_mbit)}"
             folder = self._measure(mbit, Screen(title))
-            found = measured_rows(folder, mbit, self.cfg.seed)
-            rows += sorted(found, key=lambda row: list(self.cfg.schemes).index(row["scheme"]))
+            measured = measured_rows(folder, mbit, self.cfg.seed)
+            found = sorted(measured, key=lambda row: list(self.cfg.schemes).index(row["scheme"]))
+            rows += found
             print(_table(found, folder), flush=True)
         return rows
 

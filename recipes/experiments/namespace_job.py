@@ -130,7 +130,6 @@ class NamespaceJob:
             TMPDIR=self._sockets,
             GLOO_SOCKET_IFNAME="eth0",
             OMP_NUM_THREADS="1",
-            LOCAL_SIZE="1",  # or else DeepSpeed starts `numactl` several times an iteration
         )
 
     def _signal_all(self, number: int) -> bool:

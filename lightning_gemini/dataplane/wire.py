@@ -25,6 +25,7 @@ MAX_CHUNK_BYTES = 1 << 30
 MAX_SHARD_BYTES = 1 << 42  # in chunks of MAX_CHUNK_BYTES it fills a buffer's checksum table
 MAX_REASON_BYTES = 4096
 MAX_PROBE_BYTES = 1 << 26
+_TRICKLE_BYTES, _TRICKLE_S = 32 << 10, 0.001
 HANDSHAKE_TIMEOUT_S = 5.0
 DEAD_AFTER_S = 19  # of silence of a peer's kernel
 _PROBES, _BETWEEN_PROBES_S = 3, 3
@@ -166,6 +167,8 @@ def receive_into(
                 raise EOFError
             raise ConnectionError(f"the peer closed the connection after {received} of {len(target)} bytes")
         received += count
+        if count < _TRICKLE_BYTES < len(target) - received:
+            time.sleep(_TRICKLE_S)  # a slow link would else wake this thread for every few packets
 
 
 def receive_reason(sock: socket.socket, frame: Frame) -> str:

@@ -39,7 +39,7 @@ class NamespaceJob:
         net: Its machines.
         folder: Its run directory, which exists.
         script: What every machine runs, with its arguments.
-        priority: Niceness of all its processes; below 0 they come before others.
+        priority: Niceness of its workers; below 0 they come before others.
     """
 
     def __init__(self, net: Namespaces, folder: Path, script: Sequence[str], *, priority: int = 0) -> None:
@@ -79,11 +79,12 @@ class NamespaceJob:
         return None in codes
 
     def prioritise(self) -> None:
-        """Has the priority of processes that are new count among sessions too.
+        """Has the priority of workers that are new count among sessions too, which kernels weigh against each other.
 
-        Kernels weigh those against each other, and agents are in sessions of their own.
+        Agents are in sessions of their own, and keep the usual one: on machines of their own they would find a
+        processor that training does not use.
         """
-        for pid in set(self._pids()) - self._prioritised:
+        for pid in {worker.pid for worker in self._workers} - self._prioritised:
             self._prioritised.add(pid)
             with contextlib.suppress(OSError):  # a kernel without such groups, or a process that has ended
                 Path(f"/proc/{pid}/autogroup").write_text(str(self._priority))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_gemini.callbacks.ranks import MinExchange, RankGroup
-from lightning_gemini.core.consistency import writable_buffer
+from lightning_gemini.core.consistency import BufferView, writable_buffer
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.shard import Layout
 from lightning_gemini.dataplane.slab import Buffer, Slab
@@ -247,8 +247,10 @@ class VersionPublisher:
         return _PENDING
 
     def _is_complete(self, version: VersionId) -> bool:
-        buffer = self._slab.holding(version)
-        return buffer is not None and (not self._replicated or buffer.acked == version)
+        buffer = self._snapshot.buffer if self._snapshot is not None else self._slab.holding(version)
+        if buffer is None or (self._replicated and buffer.acked != version):
+            return False
+        return buffer.view == BufferView(id=version, complete=True)
 
     def _is_lost(self, version: VersionId) -> bool:
         """Whether what was complete here is not any more: nobody may wait for it."""

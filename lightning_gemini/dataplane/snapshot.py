@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
@@ -88,7 +89,8 @@ class Snapshotter:
     ) -> None:
         self._notify, self._gate = notify, gate
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._queue: SimpleQueue[Snapshot | Callable[[], None] | None] = SimpleQueue()
+        self._queue: SimpleQueue[Snapshot | None] = SimpleQueue()
+        self._deferred: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._pinned: set[int] = set()
         self._latest: Snapshot | None = None
@@ -120,15 +122,18 @@ class Snapshotter:
         return snapshot
 
     def defer(self, action: Callable[[], None]) -> None:
-        """Do something small later, on this thread instead of the caller's."""
-        self._queue.put(action)
+        """Do something small later on this thread: after the next copy, so as not to be in training's way now."""
+        self._deferred.append(action)
 
     def _run(self) -> None:
-        while (work := self._queue.get()) is not None:
-            if isinstance(work, Snapshot):
-                self._take(work)
-            else:
-                self._do(work)
+        while (snapshot := self._queue.get()) is not None:
+            self._take(snapshot)
+            self._do_deferred()
+        self._do_deferred()
+
+    def _do_deferred(self) -> None:
+        while self._deferred:
+            self._do(self._deferred.popleft())
 
     def _do(self, action: Callable[[], None]) -> None:
         try:

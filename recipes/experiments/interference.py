@@ -88,7 +88,7 @@ class Experiment:
         settings.write_text(json.dumps(self._settings(folder)))
         script = [str(TRAINING), str(settings)]
         with (
-            Namespaces(self.cfg.machines, f"{mbit}mbit", self.cfg.burst) as net,
+            Namespaces(self.cfg.machines, f"{mbit}mbit", self.extent.burst) as net,
             NamespaceJob(net, folder, script, priority=self.cfg.priority) as job,
         ):
             self._watch(job, folder, screen)
@@ -100,7 +100,7 @@ class Experiment:
             "folder": str(folder),
             "machines": self.cfg.machines,
             "verify_all": self.cfg.verify_all,
-            "model": OmegaConf.to_container(self.cfg.model),
+            "model": {**OmegaConf.to_container(self.cfg.model), "wait_s": self.extent.wait_s},
             "turns": {**turns, "schemes": list(self.cfg.schemes), "seed": self.cfg.seed},
             "gemini": self.gemini,
         }

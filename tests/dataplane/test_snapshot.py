@@ -261,9 +261,19 @@ def test_a_deferred_action_that_fails_is_said_once_and_ends_nothing(
     for _ in range(3):
         snapshotter.defer(fail)
     snapshotter.defer(done.set)
-    assert done.wait(20.0)
-    assert caplog.text.count("no space left on device") == 1
     assert finished(snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0])).error is None
+    assert done.wait(20.0), "after the copy"
+    assert caplog.text.count("no space left on device") == 1
+    assert finished(snapshotter.begin(v(2), lay_out([torch.ones(3)], None), buffers[1])).error is None
+
+
+def test_what_was_deferred_is_done_before_the_end(buffers: Buffers) -> None:
+    snapshotter = Snapshotter(lambda: None, CPU)
+    snapshotter.start()
+    done = threading.Event()
+    snapshotter.defer(done.set)
+    snapshotter.close()
+    assert done.is_set()
 
 
 def test_closing_finishes_what_was_begun(gate: Gate, buffers: Buffers) -> None:

@@ -26,8 +26,8 @@ SMALL = [
     "folder=run",
     "quick=true",
     "verify_all=true",
-    "model={layers: 2, width: 128, wait_s: 0.005}",
-    "short={links_mbit: [300], rounds: 1, counted: 3, settling: 1, profile_iterations: 3}",
+    "model={layers: 2, width: 128}",
+    "short={wait_s: 0.005, links_mbit: [300], burst: 64kb, rounds: 1, counted: 3, settling: 1, profile_iterations: 3}",
 ]
 FIELDS = {"scheme", "link_mbit", "fits", "iterations", "iteration_s_median", "iteration_s_low", "iteration_s_high"}
 FIELDS |= {"overhead", "idle_s", "checkpoint_s", "peak_buffer_bytes"}

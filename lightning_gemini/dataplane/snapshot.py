@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections import deque
-from collections import deque
 from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 

@@ -91,6 +91,7 @@ class Planner:
             window_bytes=cut.window_bytes,
             one_chunk=cut.one_chunk,
             iteration_s=plan.profile.iteration_s,
+            lead=(1 / self._config.safety - 1) / 2,  # what is not used lies half before and half behind
         )
         page.set_pace(Pace.PACED)
 

@@ -37,9 +37,9 @@ PACE_WORD, RUSH_WORD, SPAN_WORD, BEGAN_WORD, HELD_WORD = range(5)
 PEAK_WORD, SENT_WORD = 8, 9  # in a cache line of their own: the agent writes them
 MAX_SPANS = 7000
 _SEQUENCE = 16
-_PLAN = struct.Struct("<7Q")
+_PLAN = struct.Struct("<8Q")
 _PLAN_BYTES = slice(8 * (_SEQUENCE + 1), 8 * (_SEQUENCE + 1) + _PLAN.size)
-_CHECKSUM = _SEQUENCE + 8
+_CHECKSUM = _SEQUENCE + 9
 _TABLE_BYTE = 8 * 32
 _LONGEST_US = 2**32 - 1
 _U64 = 2**64 - 1
@@ -84,6 +84,7 @@ class Plan:
         window_bytes: The most bytes in flight.
         one_chunk: Whether a span carries a single piece, of any size (the window and the chunk do not bind it).
         iteration_ns: How long an iteration takes; 0 where that is not known.
+        lead_ppm: What is left alone at a span's start, in millionths of what may be used of it.
     """
 
     usable_ns: tuple[int, ...]
@@ -93,6 +94,7 @@ class Plan:
     window_bytes: int
     one_chunk: bool
     iteration_ns: int
+    lead_ppm: int = 0
 
 
 class PacePage:
@@ -149,6 +151,7 @@ class PacePage:
         window_bytes: int,
         one_chunk: bool = False,
         iteration_s: float = 0.0,
+        lead: float = 0.0,
     ) -> None:
         """What a span of each index has room for.
 
@@ -160,6 +163,8 @@ class PacePage:
             window_bytes: The most bytes in flight; equal to ``chunk_bytes`` it is one piece at a time.
             one_chunk: Every span carries a single piece, as large as fits.
             iteration_s: How long an iteration takes: how patient a reader is with a span that does not change.
+            lead: What is left alone at a span's start, as a part of what may be used of it: a collective ends on one
+                rank sooner than on another, whose link is still in use.
 
         Raises:
             ConfigurationError: More than ``MAX_SPANS`` spans, or a number that is none.
@@ -183,6 +188,7 @@ class PacePage:
             window_bytes,
             int(one_chunk),
             _whole(iteration_s, 1e9, _U64),
+            _whole(lead, 1e6, _LONGEST_US),
         )
         self._write_plan(_PLAN.pack(*numbers), table)
 
@@ -268,14 +274,14 @@ class PacePage:
 
     def _read_plan(self) -> Plan | None:
         numbers = bytes(self._bytes[_PLAN_BYTES])
-        count, bandwidth, startup_ns, chunk_bytes, window_bytes, one_chunk, iteration_ns = _PLAN.unpack(numbers)
+        count, bandwidth, startup_ns, chunk_bytes, window_bytes, one_chunk, *others = _PLAN.unpack(numbers)
         if count > MAX_SPANS:
             return None
         table = bytes(self._bytes[_TABLE_BYTE : _TABLE_BYTE + 4 * count])
         if self.words[_CHECKSUM] != _checksum(numbers, table):
             return None
         usable_ns = tuple(1000 * length for length in struct.unpack(f"<{count}I", table))
-        return Plan(usable_ns, bandwidth, startup_ns, chunk_bytes, window_bytes, bool(one_chunk), iteration_ns)
+        return Plan(usable_ns, bandwidth, startup_ns, chunk_bytes, window_bytes, bool(one_chunk), *others)
 
     @staticmethod
     def encode_span(index: int, is_open: bool, turn: int = 0) -> int:

@@ -131,7 +131,10 @@ class Pacer:
             return 0
         index = word >> 1 & 0x7FFFFFFF
         usable_ns = plan.usable_ns[index] if index < len(plan.usable_ns) else 0
-        permit.until_ns = min(began_ns, now_ns) + usable_ns  # no clock is ahead of itself: a damaged one gains nothing
+        began_ns = min(began_ns, now_ns) + usable_ns * plan.lead_ppm // 10**6  # a damaged clock gains nothing
+        permit.until_ns = began_ns + usable_ns
+        if now_ns < began_ns:
+            return 0
         permit.ahead_bytes = max(_LEAST_AHEAD_BYTES, plan.bandwidth_bytes_per_s * _AHEAD_NS // 10**9)
         return self._piece(plan, permit.until_ns - now_ns, left_bytes, in_flight_bytes)
 

@@ -43,8 +43,8 @@ def test_what_the_worker_says_is_what_the_agent_reads() -> None:
         worker.rush(on)
         worker.hold(on)
         assert (agent.pace, agent.rushing, agent.held) == (Pace.PACED if on else Pace.FREE, on, on)
-    plan(worker, one_chunk=True, iteration_s=2.0)
-    assert agent.plan() == Plan((500_000_000, 250_000_000), 10**9, 100_000, 1000, 4000, True, 2 * 10**9)
+    plan(worker, one_chunk=True, iteration_s=2.0, lead=0.125)
+    assert agent.plan() == Plan((500_000_000, 250_000_000), 10**9, 100_000, 1000, 4000, True, 2 * 10**9, 125_000)
 
 
 def test_a_worker_that_left_steers_no_more() -> None:
@@ -197,7 +197,7 @@ def test_a_plan_is_not_read_while_it_is_written(monkeypatch: pytest.MonkeyPatch)
         return pace_page._checksum(numbers, table)
 
     monkeypatch.setattr(pace_page, "_checksum", checksum)
-    worker._write_plan(bytes(7 * 8), b"")
+    worker._write_plan(bytes(pace_page._PLAN.size), b"")
     assert seen == [None]
     assert agent.plan() is not None
 

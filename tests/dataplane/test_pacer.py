@@ -118,6 +118,20 @@ def test_only_an_open_span_carries_anything_and_only_for_its_usable_length(world
     assert world.ask() == 0
 
 
+def test_the_beginning_of_a_span_is_left_alone(world: World) -> None:
+    world.plan(2.0, lead=0.25)
+    world.open(0)
+    assert world.ask() == 0
+    world.pass_ms(0.4)
+    assert world.ask() == 0
+    world.pass_ms(0.1)
+    assert world.ask() == 2 * MS * RATE // 10**9
+    world.pass_ms(1.5)
+    assert world.ask() == MS // 2 * RATE // 10**9
+    world.pass_ms(0.5)
+    assert world.ask() == 0
+
+
 def test_startup_and_what_is_on_its_way_take_their_time(world: World) -> None:
     world.plan(2.0, startup_s=0.0005)
     world.open(0)
@@ -291,12 +305,12 @@ def test_while_a_plan_is_written_the_last_one_counts(world: World) -> None:
     assert world.ask() == 200_000
     sequence = world.page.words[16]
     world.page.words[16] = sequence + 1
-    world.page.words[24] = 0
+    world.page.words[25] = 0
     assert world.ask() == 200_000
     world.plan(1.0)
     assert world.ask() == 100_000
     world.page.words[16] += 1  # and this one is never finished
-    world.page.words[24] = 0
+    world.page.words[25] = 0
     assert world.ask() == 100_000
     world.pass_ms(101)
     assert world.ask() == ALL

@@ -134,5 +134,8 @@ class ClusterConfig:
     report_timeout_s: float = 30.0
 
 
+P2P_BUFFER_BYTES = 128 << 20
+"""What transport ``p2p`` reserves on the receiver where nothing else is set: R in GEMINI."""
+
 MEMORY_FLOOR_BYTES = 256 * 2**20
 """Host memory that the buffers must leave free."""

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 
 from lightning_gemini.callbacks.peer_memory import PeerMemory
 from lightning_gemini.callbacks.replica_desk import AgentDesk
-from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.config import P2P_BUFFER_BYTES, CheckpointConfig
 from lightning_gemini.controlplane.agent_client import AgentClient
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.pacer import Pacer
@@ -33,7 +33,6 @@ from lightning_gemini.errors import IntegrityError
 
 log = logging.getLogger(__name__)
 
-DEFAULT_BUFFER_BYTES = 128 << 20  # R in GEMINI
 _MEETING_S = 30.0
 _RETRY_S = 0.2
 _IDLE_S = 0.5
@@ -142,7 +141,7 @@ class PeerExchange:
     # -- pairs -------------------------------------------------------------------------------------------------------
 
     def _transport(self, machine: int) -> P2pTransport:
-        buffer_bytes = self._config.buffer_bytes or DEFAULT_BUFFER_BYTES
+        buffer_bytes = self._config.buffer_bytes or P2P_BUFFER_BYTES
         return P2pTransport(
             lambda: self._pair(self._memory.identity.machine, machine),
             machine,

@@ -17,7 +17,7 @@ import torch
 from lightning_gemini.callbacks.publisher import Votes
 from lightning_gemini.callbacks.ranks import RankGroup
 from lightning_gemini.callbacks.traffic_plan import Plan, Planner, figures, sentence
-from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.config import SCHEDULES, CheckpointConfig
 from lightning_gemini.core.drift import DriftWatch
 from lightning_gemini.core.idle_spans import IdleProfile, IterationTrace, average
 from lightning_gemini.core.scheme import Scheme
@@ -107,8 +107,8 @@ class TrafficScheduler:
         Raises:
             ConfigurationError: There is no such scheme, or it needs a profile and training started without one.
         """
-        if name not in [scheme.value for scheme in Scheme]:
-            raise ConfigurationError(f"schedule must be one of {', '.join(Scheme)}, got {name!r}")
+        if name not in SCHEDULES:
+            raise ConfigurationError(f"schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
         if Scheme(name).paced and self._profiler is None:
             raise ConfigurationError(f"schedule {name!r} needs a profile: start with it, and with 2 replicas or more")
         self.scheme = Scheme(name)

@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.config import P2P_BUFFER_BYTES, CheckpointConfig
 from lightning_gemini.core.frequency import Cadence, choose_every
 from lightning_gemini.core.idle_spans import IdleProfile
 from lightning_gemini.core.scheme import Chunking, Scheme, chunking
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 _MOST_ITERATIONS = 1000
 _CHUNK_S = 0.004
 _LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 16 << 10, 32 << 20
-_P2P_BUFFER_BYTES = 128 << 20  # R in GEMINI
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +101,7 @@ class Planner:
         if self._config.buffer_bytes is not None:
             return self._config.buffer_bytes
         if self._config.transport == "p2p":
-            return _P2P_BUFFER_BYTES
+            return P2P_BUFFER_BYTES
         chunk_bytes = int(link.bandwidth_bytes_per_s * _CHUNK_S)
         return self._config.sub_buffers * min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
 

@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from lightning_gemini.config import P2P_BUFFER_BYTES
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.pace_page import Pace
 from lightning_gemini.dataplane.pacer import Pacer
@@ -70,7 +71,7 @@ class P2pTransport:
         sub_buffers: SubBuffers,
         *,
         count: int = 4,
-        buffer_bytes: int = 128 << 20,
+        buffer_bytes: int = P2P_BUFFER_BYTES,
     ) -> None:
         self._open_pair, self._machine, self._generation = open_pair, machine, generation
         self._sub_buffers, self._count, self._buffer_bytes = sub_buffers, count, buffer_bytes

@@ -22,6 +22,10 @@ _NAME = re.compile(r"\bgem(\d+)[a-z](?:-\d+|br)\b")
 _LETTERS = itertools.cycle("abcdefghijklmnopqrstuvwxyz")
 MAX_MACHINES = 50
 _SEGMENT_BYTES = 16384
+# As on a fabric without loss: nothing is dropped, and no connection looks for its rate anew, neither after a pause
+# nor every few seconds.
+_STEADY = "net.ipv4.tcp_congestion_control=reno", "net.ipv4.tcp_slow_start_after_idle=0"
+_QUEUE = "400ms"
 
 
 class Namespaces:
@@ -100,8 +104,10 @@ class Namespaces:
             segments = f"link set eth0 gso_max_size {_SEGMENT_BYTES} up"
             for words in (f"addr add {self.address(index)}/24 dev eth0", segments, "link set lo up"):
                 _ip("-n", name, *words.split())
+            for setting in _STEADY:
+                _run(*self.command(index, "sysctl", "-qw", setting))
             if self._rate is not None:
-                limit = ["root", "tbf", "rate", self._rate, "burst", self._burst, "latency", "50ms"]
+                limit = ["root", "tbf", "rate", self._rate, "burst", self._burst, "latency", _QUEUE]
                 _run("tc", "qdisc", "add", "dev", name, *limit)
                 _run("tc", "-n", name, "qdisc", "add", "dev", "eth0", *limit)
 

@@ -12,6 +12,7 @@
     ├── AgentError                the machine's agent is missing, of another job, or of another version
     ├── RestoreError              no version can be restored, or the stored state does not fit the model
     │   └── LayoutMismatchError   the stored state belongs to another model or world size
+    ├── StateChangedError         the state was another one than it was taken for; its version is given up
     ├── OperatorError             a provider of machines refuses, or cannot be reached now
     └── PersistError              the persistent tier cannot be written or read
 
@@ -33,6 +34,7 @@ __all__ = [
     "PlacementError",
     "ProtocolError",
     "RestoreError",
+    "StateChangedError",
 ]
 
 
@@ -74,6 +76,10 @@ class RestoreError(GeminiError):
 
 class LayoutMismatchError(RestoreError):
     """The stored state belongs to another model or world size."""
+
+
+class StateChangedError(GeminiError):
+    """What is to be saved is not what it was taken for; the next version is right again."""
 
 
 class OperatorError(GeminiError):

@@ -108,12 +108,12 @@ class GeminiCheckpoint(Checkpoint):
         began = time.perf_counter()
         try:
             extra = {"random": capture_random(), "profile": state.traffic.packed_profile}
-            layout = state.lay_out(lightning_state(trainer), extra)
+            draft = state.draft(lightning_state(trainer), extra)
         except Exception as error:  # a user's hook, an object that cannot be pickled: training must go on
             log.warning("version %d cannot be taken: %s", step, error, exc_info=True)
-            layout = None
+            draft = None
         self._publisher.costs = {"scheme": state.traffic.scheme.value}
-        self._publisher.publish(step, layout, began)
+        self._publisher.publish(step, draft, began)
         if state.traffic.scheme is Scheme.BLOCKING:
             self._publisher.wait_for_holders()
 

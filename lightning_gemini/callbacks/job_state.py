@@ -27,7 +27,7 @@ from lightning_gemini.dataplane import persistent_directory, shard
 from lightning_gemini.dataplane.collective_tap import CollectiveTap
 from lightning_gemini.dataplane.persister import Persister
 from lightning_gemini.dataplane.profiler import Profiler
-from lightning_gemini.dataplane.shard import Layout
+from lightning_gemini.dataplane.shard import Draft
 from lightning_gemini.dataplane.slab import Slab
 from lightning_gemini.dataplane.snapshot import Snapshotter
 from lightning_gemini.errors import GeminiError, LayoutMismatchError, PersistError
@@ -65,6 +65,7 @@ class JobState:
         self.events = EventLog.from_environment()
         self.memory = PeerMemory(config, identity, self.group)
         self.zero = ZeroState(engine)
+        self._planner = shard.Planner()
         self.found: RestoredShard | None = None
         self._declined: VersionId | None = None
         self.persister = self._make_persister(root_dir)
@@ -263,19 +264,20 @@ class JobState:
             log.log(logging.INFO if fields["fits"] else logging.WARNING, "%s", text)
             self.events.append("schedule", **fields)
 
-    def lay_out(self, lightning_state: dict[str, Any], extra: dict[str, Any]) -> Layout:
-        """Plan the shard of the state as it is now.
+    def draft(self, lightning_state: dict[str, Any], extra: dict[str, Any]) -> Draft:
+        """Take the state as it is now.
 
         Args:
             lightning_state: Lightning's checkpoint dictionary, without weights and optimizer states.
             extra: What else must travel: random state, the profile of the idle spans.
         """
         stable, volatile = self.zero.capture()
-        return shard.lay_out(stable, {**volatile, **extra, "lightning": lightning_state, "fit": self.fit})
+        volatile = {**volatile, **extra, "lightning": lightning_state, "fit": self.fit}
+        return self._planner.draft(stable, volatile, self.zero.verify)
 
     def _expected_bytes(self, lightning_state: dict[str, Any]) -> int:
         """The first version may lack the moments that the first step creates: two more copies of the weights."""
-        layout = self.lay_out(lightning_state, {})
+        layout = self.draft(lightning_state, {}).finish()
         state = self.zero.base_optimizer.state
         missing = 0 if state else 2 * self.zero.master_bytes
         return layout.total_bytes + missing + (1 << 20)

@@ -11,8 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _BaseProgress
+
+from lightning_gemini.callbacks.data_position.resumable_loader import Resumable
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -73,7 +77,9 @@ class _Loops:
         """The state of each."""
         states: dict[str, dict[str, Any]] = {name: {} for name in _LOOPS}
         for name, prefix, loop in self._loops:
-            if type(loop).state_dict is _Loop.state_dict:
+            if type(loop).on_save_checkpoint is _FitLoop.on_save_checkpoint:
+                states[name][f"{prefix}state_dict"] = _loader_states(loop)
+            elif type(loop).state_dict is _Loop.state_dict:
                 states[name][f"{prefix}state_dict"] = loop.on_save_checkpoint()
             else:
                 loop.state_dict(states[name], prefix)
@@ -94,6 +100,14 @@ class _Loops:
             else:
                 continue
             self._parts.append((vars(loop), key, part))
+
+
+def _loader_states(loop: Any) -> dict[str, Any]:
+    """What ``_FitLoop.on_save_checkpoint`` gives; to ask whether an object has methods costs more than to call them."""
+    loaders: list[Any] = loop._combined_loader.flattened if loop._combined_loader is not None else []
+    stateful: tuple[Any, ...] = Resumable, _Stateful  # in this order
+    states = [each.state_dict() for each in loaders if isinstance(each, stateful)]
+    return {"combined_loader": states} if states else {}
 
 
 _found: weakref.WeakKeyDictionary[pl.Trainer, _Loops] = weakref.WeakKeyDictionary()

@@ -6,14 +6,17 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 from lightning_gemini.callbacks.ranks import MinExchange, RankGroup
 from lightning_gemini.core.consistency import BufferView, writable_buffer
 from lightning_gemini.core.recovery import VersionId
-from lightning_gemini.dataplane.shard import Layout
+from lightning_gemini.dataplane.shard import Draft
 from lightning_gemini.dataplane.slab import Buffer, Slab
 from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter
+from lightning_gemini.errors import IntegrityError
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +101,8 @@ class VersionPublisher:
         self.skipped = 0
         self._snapshot: Snapshot | None = None
         self._failed = False
-        self._exchange: MinExchange | None = None
+        self._voting = False
+        self._cast: SimpleQueue[MinExchange | Exception] = SimpleQueue()
         self._waited_for: VersionId | None = None
         self.patient = True
         self.votes, self.agreed = Votes(), Votes()
@@ -112,8 +116,9 @@ class VersionPublisher:
         began = time.perf_counter()
         if self._snapshot is not None:
             self._snapshot.wait_until_read()
-        if self.newest != self.committed and self._exchange is None:
-            self._exchange = self._group.start_min([self._complete_here(), *self.votes.cast()])
+        if not self.settled and not self._voting:
+            self._voting = True
+            self._snapshotter.run(self._vote)
         self._add_stall(began)
 
     def settle(self) -> bool:
@@ -127,10 +132,8 @@ class VersionPublisher:
             return False
         self.before_step()
         began = time.perf_counter()
-        assert self._exchange is not None
         assert self.newest is not None
-        lowest, *minima = self._exchange.wait()
-        self._exchange = None
+        lowest, *minima = self._outcome_of_vote()
         self._add_stall(began)
         if lowest == self.newest.version:
             self.committed = self.newest
@@ -146,7 +149,7 @@ class VersionPublisher:
 
     @property
     def waited_s(self) -> float:
-        """Seconds that training waited for the holders of the version published last."""
+        """Seconds that the version published last was waited for at its holders."""
         return self._snapshot.wait_s if self._snapshot is not None else 0.0
 
     @property
@@ -165,26 +168,21 @@ class VersionPublisher:
             log.warning(message, step, newest, self.skipped)
         return False
 
-    def publish(self, step: int, layout: Layout | None, began: float) -> None:
+    def publish(self, step: int, draft: Draft | None, began: float) -> None:
         """Start copying the state after optimizer step ``step``.
 
         Args:
             step: Its number; :meth:`ready` said yes.
-            layout: The state; ``None`` where it could not be taken, so that all ranks give the version up together.
+            draft: The state; ``None`` where it could not be taken, so that all ranks give the version up together.
             began: ``time.perf_counter()`` when the training thread stopped for it.
         """
-        index = writable_buffer(self._slab.views, self.committed)
         self.newest = VersionId(self._generation, step)
         self._slab.pace.rush(False)
         self._slab.pace.restart_sent()
-        self._failed, self._snapshot = layout is None or index is None, None
-        if layout is not None and index is not None:
-            try:
-                self._snapshot = self._snapshotter.begin(self.newest, layout, self._slab.buffers[index])
-                self._snapshot.stall_s = time.perf_counter() - began
-            except (OSError, MemoryError) as error:
-                self._failed = True
-                log.warning("version %d failed: %s", step, error)
+        self._failed, self._snapshot = draft is None, None
+        if draft is not None:
+            self._snapshot = self._snapshotter.begin(self.newest, draft, partial(self._writable, self.committed))
+            self._snapshot.stall_s = time.perf_counter() - began
 
     def wait_for_holders(self) -> None:
         """Stop training until the version just published is complete on all its holders, or ``commit_wait_s`` is over.
@@ -199,15 +197,34 @@ class VersionPublisher:
 
     def drain(self) -> None:
         """Finish an exchange that was begun, so that no rank waits for another at the end."""
-        if self._exchange is not None:
-            self._exchange.wait()
-            self._exchange = None
+        if self._voting:
+            self._outcome_of_vote()
 
     def committed_buffer(self) -> Buffer | None:
         """The buffer with the committed version."""
         return self._slab.holding(self.committed) if self.committed else None
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _writable(self, committed: VersionId | None) -> Buffer:
+        index = writable_buffer(self._slab.views, committed)
+        if index is None:
+            raise IntegrityError("both buffers hold versions that may be needed yet; training goes on, and tries again")
+        return self._slab.buffers[index]
+
+    def _vote(self) -> None:
+        """Tells the other ranks what is complete here; on the snapshot thread, while the optimizer takes its step."""
+        try:
+            self._cast.put(self._group.start_min([self._complete_here(), *self.votes.cast()]))
+        except Exception as error:  # the training thread waits for this one, whatever happens
+            self._cast.put(error)
+
+    def _outcome_of_vote(self) -> list[int]:
+        cast = self._cast.get()
+        self._voting = False
+        if isinstance(cast, Exception):
+            raise cast
+        return cast.wait()
 
     def _complete_here(self) -> int:
         """This rank's newest version if it is complete on all holders, waiting for it a little where it must be."""
@@ -271,7 +288,7 @@ class VersionPublisher:
             "wait_s": snapshot.wait_s,
             "copy_s": snapshot.copy_s,
             "replica_complete_s": snapshot.replica_complete_s if self._replicated else snapshot.copy_s,
-            "bytes": snapshot.layout.total_bytes,
+            "bytes": snapshot.bytes,
             "skipped": self.skipped,
             "peak_buffer_bytes": self._slab.pace.take_peak(),
             **self.costs,

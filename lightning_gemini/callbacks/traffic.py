@@ -12,8 +12,6 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from lightning_gemini.callbacks.publisher import Votes
 from lightning_gemini.callbacks.ranks import RankGroup
 from lightning_gemini.callbacks.traffic_plan import Plan, Planner, figures, sentence
@@ -70,7 +68,7 @@ class TrafficScheduler:
         self.scheme = Scheme(config.schedule)
         self.plan: Plan | None = None
         self.last_trace: IterationTrace | None = None
-        self.packed_profile: torch.Tensor | None = None
+        self.packed_profile: bytes | None = None
         self.votes = Votes()
         self._every = config.checkpoint_every
         self._link: LinkSpeed | None = None
@@ -84,7 +82,7 @@ class TrafficScheduler:
         self._quiet_begun = 0
         self._rested = True
 
-    def start(self, step: int = 0, packed_profile: torch.Tensor | None = None) -> None:
+    def start(self, step: int = 0, packed_profile: bytes | None = None) -> None:
         """Measure the link, before the first step; and plan with the profile that came with the version. Collective.
 
         Args:

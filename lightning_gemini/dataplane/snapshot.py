@@ -8,12 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from queue import SimpleQueue
 
 import torch
 
 from lightning_gemini.core.recovery import VersionId
-from lightning_gemini.dataplane.shard import Layout, TensorSlot
+from lightning_gemini.dataplane.shard import Draft, Layout, TensorSlot
 from lightning_gemini.dataplane.slab import Buffer
 
 log = logging.getLogger(__name__)
@@ -27,50 +28,72 @@ class Snapshot:
 
     Attributes:
         id: The version.
+        buffer: Where it goes; ``None`` until it is begun, and where there is no place for it.
+        bytes: Size of the shard; 0 until that is known.
         copy_s: Seconds from the beginning until the buffer was complete.
         stall_s: Seconds that the training thread lost; kept by the publisher.
-        wait_s: Those of them that it waited for the other holders; kept by the publisher.
+        wait_s: Seconds that it was waited for at the other holders; kept by the publisher.
+        hurried: Whether training waits for the copy, or soon will.
+        read: Whether training may change the state again.
+        done: Whether the buffer is complete, or the copy has failed.
     """
 
-    def __init__(self, version: VersionId, layout: Layout, buffer: Buffer) -> None:
-        self.id, self.layout, self.buffer = version, layout, buffer
+    def __init__(self, version: VersionId, changed: threading.Condition) -> None:
+        self.id = version
+        self.buffer: Buffer | None = None
+        self.bytes = 0
         self.began = time.monotonic()
         self.copy_s = 0.0
         self.stall_s = self.wait_s = 0.0
         self.error: Exception | None = None
         self.device_ready: torch.cuda.Event | None = None
         self.device_done: torch.cuda.Event | None = None
-        self._hurry = threading.Event()
-        self._read = threading.Event()
-        self._done = threading.Event()
+        self.hurried = self.read = self.done = False
+        self._changed = changed
 
     def hurry(self) -> None:
         """Training is about to wait for the copy: it goes on at once, whatever the gate says."""
-        self._hurry.set()
+        with self._changed:
+            self.hurried = True
+            self._changed.notify_all()
 
     def wait_until_read(self) -> None:
         """Block until training may change the state again; on CUDA until copies are queued, and the device waits."""
-        if not self._read.is_set():
+        if not self.read:
             self.hurry()
-            self._read.wait()
+            with self._changed:
+                self._changed.wait_for(lambda: self.read)
         if self.device_done is not None:
             torch.cuda.current_stream().wait_event(self.device_done)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Block until the buffer is complete or the copy failed."""
-        return self._done.wait(timeout_s)
+        with self._changed:
+            return self._changed.wait_for(lambda: self.done, timeout_s)
+
+    def wait_for_hurry(self, timeout_s: float) -> None:
+        """Block until training waits for the copy, but not for long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.hurried, timeout_s)
+
+    def note_read(self) -> None:
+        """Nobody looks at the live tensors any more, or the device knows what to wait for."""
+        with self._changed:
+            self.read = True
+            self._changed.notify_all()
+
+    def note_done(self) -> None:
+        """The buffer is complete, or the copy has failed."""
+        with self._changed:
+            self.read = self.done = True
+            self._changed.notify_all()
 
     @property
     def replica_complete_s(self) -> float | None:
         """Seconds from the beginning until every other holder was complete; ``None``: not yet, or not any more."""
-        if self.buffer.acked != self.id:
+        if self.buffer is None or self.buffer.acked != self.id:
             return None
         return self.buffer.acked_at_ns / 1e9 - self.began
-
-    @property
-    def done(self) -> bool:
-        """Whether the buffer is complete, or the copy has failed."""
-        return self._done.is_set()
 
 
 class Snapshotter:
@@ -88,11 +111,11 @@ class Snapshotter:
     ) -> None:
         self._notify, self._gate = notify, gate
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._queue: SimpleQueue[Snapshot | None] = SimpleQueue()
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._changed = threading.Condition()
         self._deferred: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
         self._pinned: set[int] = set()
-        self._latest: Snapshot | None = None
         self._warned = False
 
     def start(self) -> None:
@@ -107,27 +130,32 @@ class Snapshotter:
             self._queue.put(None)
             thread.join(timeout=60.0)
 
-    def begin(self, version: VersionId, layout: Layout, buffer: Buffer) -> Snapshot:
-        """Start copying; returns at once. The tensors must stay unchanged until ``wait_until_read``."""
-        if self._latest is not None:
-            self._latest.wait()  # one that all ranks gave up may still be on its way into this very buffer
-        snapshot = Snapshot(version, layout, buffer)
-        buffer.begin(version, layout.total_bytes)
+    def begin(self, version: VersionId, draft: Draft, choose: Callable[[], Buffer]) -> Snapshot:
+        """Start copying; returns at once.
+
+        Args:
+            version: The version.
+            draft: Its state; what it refers to must stay unchanged until ``wait_until_read``.
+            choose: Called on this thread, once it is through with the version before: where the copy goes.
+        """
+        snapshot = Snapshot(version, self._changed)
         if self._stream is not None:
             snapshot.device_ready = torch.cuda.Event()
             snapshot.device_ready.record()  # behind the step, on training's stream
-        self._latest = snapshot
-        self._queue.put(snapshot)
+        self._queue.put(partial(self._take, snapshot, draft, choose))
         return snapshot
+
+    def run(self, action: Callable[[], None]) -> None:
+        """Do something on this thread, behind the copy that was begun last; returns at once. It must not raise."""
+        self._queue.put(action)
 
     def defer(self, action: Callable[[], None]) -> None:
         """Do something small later on this thread: after the next copy, so as not to be in training's way now."""
         self._deferred.append(action)
 
     def _run(self) -> None:
-        while (snapshot := self._queue.get()) is not None:
-            self._take(snapshot)
-            self._do_deferred()
+        while (action := self._queue.get()) is not None:
+            action()
         self._do_deferred()
 
     def _do_deferred(self) -> None:
@@ -143,39 +171,46 @@ class Snapshotter:
                 self._warned = True
                 log.warning("could not record what a version cost (%s); training and checkpoints go on", error)
 
-    def _take(self, snapshot: Snapshot) -> None:
+    def _take(self, snapshot: Snapshot, draft: Draft, choose: Callable[[], Buffer]) -> None:
         try:
-            self._notify()
-            self._copy(snapshot)
-            snapshot.buffer.complete()
+            buffer = snapshot.buffer = choose()
+            with torch.cuda.stream(self._stream):  # none on the CPU
+                self._copy(snapshot, draft, buffer)
+            buffer.complete()
             self._notify()
         except Exception as error:  # a failed checkpoint must not kill training: the publisher reports it
             snapshot.error = error
-            snapshot.buffer.drop()
+            if snapshot.buffer is not None:
+                snapshot.buffer.drop()
         snapshot.copy_s = time.monotonic() - snapshot.began
-        snapshot._read.set()
-        snapshot._done.set()
+        snapshot.note_done()
+        self._do_deferred()
 
-    def _copy(self, snapshot: Snapshot) -> None:
-        buffer, layout = snapshot.buffer, snapshot.layout
+    def _copy(self, snapshot: Snapshot, draft: Draft, buffer: Buffer) -> None:
+        if snapshot.device_ready is not None:
+            torch.cuda.current_stream().wait_event(snapshot.device_ready)
+        layout = draft.finish()
+        buffer.begin(snapshot.id, layout.total_bytes)
+        snapshot.bytes = layout.total_bytes
+        self._notify()
         head = layout.head()
         buffer.data[: len(head)] = head
         sealing = _Sealing(buffer)
-        if self._stream is None:
-            self._copy_tensors(snapshot, sealing)
-        else:
-            with torch.cuda.stream(self._stream):
-                self._copy_from_device(snapshot, sealing)
-        # From here on nobody looks at the live tensors any more, or the device knows what to wait for.
-        snapshot._read.set()
+        if self._stream is not None:
+            self._pin(buffer)
+        self._copy_tensors(snapshot, layout, buffer, sealing)
+        if self._stream is not None:
+            snapshot.device_done = torch.cuda.Event()
+            snapshot.device_done.record()
+        snapshot.note_read()
         sealing.finish()
         buffer.data[layout.blob_offset : layout.total_bytes] = layout.blob
         buffer.seal(layout.total_bytes)
 
-    def _copy_tensors(self, snapshot: Snapshot, sealing: _Sealing) -> None:
-        target = torch.frombuffer(snapshot.buffer.data, dtype=torch.uint8)
-        for slot in snapshot.layout.slots:
-            piece_bytes = snapshot.buffer.chunk_bytes
+    def _copy_tensors(self, snapshot: Snapshot, layout: Layout, buffer: Buffer, sealing: _Sealing) -> None:
+        target = torch.frombuffer(buffer.data, dtype=torch.uint8)
+        for slot in layout.slots:
+            piece_bytes = buffer.chunk_bytes
             if slot.tensor.is_cuda:
                 # Clones of volatile state were made on the training stream and must outlive the copy.
                 slot.tensor.record_stream(torch.cuda.current_stream())
@@ -183,26 +218,13 @@ class Snapshotter:
             for source, begin, end in _pieces(slot, piece_bytes):
                 self._wait_for_gate(snapshot)
                 sealing.written(end, _copy_piece(target[begin:end], source))
-                if not snapshot._hurry.is_set():  # training does not wait for checksums
+                if not snapshot.hurried:  # training does not wait for checksums
                     sealing.advance()
 
     def _wait_for_gate(self, snapshot: Snapshot) -> None:
         if self._gate is not None:
-            while not snapshot._hurry.is_set() and not self._gate():
-                snapshot._hurry.wait(_GATE_S)
-
-    # -- CUDA only -----------------------------------------------------------------------------------------------
-
-    def _copy_from_device(self, snapshot: Snapshot, sealing: _Sealing) -> None:
-        """Queue every copy on the side stream, behind the optimizer step that made the state."""
-        assert self._stream is not None
-        assert snapshot.device_ready is not None
-        self._pin(snapshot.buffer)
-        self._stream.wait_event(snapshot.device_ready)
-        self._copy_tensors(snapshot, sealing)
-        done = torch.cuda.Event()
-        done.record(self._stream)
-        snapshot.device_done = done
+            while not snapshot.hurried and not self._gate():
+                snapshot.wait_for_hurry(_GATE_S)
 
     def _pin(self, buffer: Buffer) -> None:
         """Register the buffer with CUDA, so that copies are asynchronous and run at full speed."""

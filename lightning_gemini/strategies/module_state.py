@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_gemini.errors import StateChangedError
+
 _HOOKS = "_state_dict_hooks", "_state_dict_pre_hooks"
 _CONTENTS = itemgetter("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", *_HOOKS)
 _NONE = partial(is_, None)
@@ -20,8 +22,9 @@ _OVERRIDABLE = "state_dict", "_save_to_state_dict", "get_extra_state"
 class ModuleState:
     """Reads the entries of a module's ``state_dict()``.
 
-    What the module consists of is remembered, and looked through only when that has changed: another submodule,
-    parameter, name of a buffer or hook. A module with a part that makes its state itself is asked for it every time.
+    What the module consists of is remembered. Whether that still holds is looked at when training goes on already,
+    by :meth:`verify`: a version that was taken in between is given up, and the next :meth:`read` looks through the
+    module again. A module with a part that makes its state itself is asked for it every time.
 
     Args:
         module: The module that the engine trains.
@@ -46,11 +49,24 @@ class ModuleState:
 
     def read(self) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
         """The entries by name, live: parameters, and all others: buffers, and what parts of the module made."""
-        if self._known is None or not _same(self._known, self._composition()):
+        if self._known is None or any(key not in part._buffers for _, part, key in self._buffers):
             self._look_through()
         if self._makes_own:
             return self._ask()
         return self.parameters, {name: part._buffers[key] for name, part, key in self._buffers}
+
+    def verify(self) -> None:
+        """Check that the last :meth:`read` took the module for what it is; may run on another thread.
+
+        Raises:
+            StateChangedError: It has another submodule, parameter, name of a buffer or hook since.
+        """
+        if self._known is None or not _same(self._known, self._composition()):
+            self._known = None
+            raise StateChangedError(
+                "the model has got, or lost, a submodule, parameter, buffer or hook since the version before; "
+                "nothing is to be done: the next version has it"
+            )
 
     def _composition(self) -> tuple[list[Any], list[int]]:
         """What decides which entries there are: objects, to be compared by identity, and how many are in which part."""

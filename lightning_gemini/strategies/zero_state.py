@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-_FIXED = (
-    "zero_stage",
-    "param_slice_mappings",
-    "loss_scaler",
-)  # of the optimizer's state: pickled once, while they hold
+_FIXED = "zero_stage", "param_slice_mappings", "loss_scaler"  # of the optimizer's state: pickled when they change
 _PACKED = " packed"  # beside names, none of which has a space
 
 
@@ -70,12 +66,10 @@ class ZeroState:
         self._constant = shard.pack(self._constant_state())
         self._module = ModuleState(engine.module)
         self._packed_of: Mapping[str, torch.Tensor] | None = None
-        self._packed = shard.pack({})
+        self._packed = b""
         self._frozen: dict[str, torch.nn.Parameter] = {}
         self._frozen_of: tuple[Any, list[bool]] | None = None
-        state = engine.optimizer.state_dict()
-        self._fixed = {name: (state[name], _values(state[name])) for name in _FIXED if name in state}
-        self._packed_fixed: dict[tuple[str, ...], torch.Tensor] = {}
+        self._fixed: dict[str, tuple[Any, dict[str, Any], bytes]] = {}
 
     @property
     def base_optimizer(self) -> torch.optim.Optimizer:
@@ -121,14 +115,26 @@ class ZeroState:
         }
         return stable, volatile
 
+    def verify(self) -> None:
+        """Check that the last :meth:`capture` holds all of the state; before the next optimizer step, on any thread.
+
+        Raises:
+            StateChangedError: The model has changed since the one before. The next :meth:`capture` holds all again.
+        """
+        self._module.verify()
+
     def _optimizer_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._engine.optimizer.state_dict()
-        names = tuple(n for n, (part, known) in self._fixed.items() if state.get(n) is part and _values(part) == known)
-        fixed = {name: state.pop(name) for name in names}
-        if names not in self._packed_fixed:
-            self._packed_fixed[names] = shard.pack(fixed)
-        state[_PACKED] = self._packed_fixed[names]
+        # The loss scaler may change before the optimizer steps, when the rest is not read yet.
+        state[_PACKED] = {name: self._fixed_part(name, state.pop(name)) for name in _FIXED if name in state}
         return state
+
+    def _fixed_part(self, name: str, part: Any) -> bytes:
+        values = _values(part)
+        known = self._fixed.get(name)
+        if known is None or known[0] is not part or known[1] != values:
+            known = self._fixed[name] = part, values, shard.pack(part)
+        return known[2]
 
     def _written(self, parameters: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
         if self.partitioned:  # the weights are in the optimizer's partitions; DeepSpeed keeps empty placeholders
@@ -271,7 +277,7 @@ def _complete(optimizer: dict[str, Any]) -> dict[str, Any]:
     """The optimizer's state as DeepSpeed's ``state_dict()`` had it."""
     if _PACKED not in optimizer:
         return optimizer
-    state = {**optimizer, **shard.unpack(optimizer[_PACKED])}
+    state = {**optimizer, **{name: shard.unpack(part) for name, part in optimizer[_PACKED].items()}}
     del state[_PACKED]
     return state
 

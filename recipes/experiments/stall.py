@@ -4,12 +4,13 @@
     python recipes/experiments/stall.py model.n_layer=8 model.n_embd=320 model.n_inner=1280 model.n_head=5    # 120 MiB
     lightning-gemini run --local-nodes 2 recipes/experiments/stall.py       # two machines, a copy on the other
 
-Any setting of ``recipes/gpt2.py`` can be given. Everything that checkpoints do on the training thread is timed: at the
-boundary between two iterations, before the optimizer step (where training waits until its state has been read; what it
-waits for other machines there is told apart), and after it. The limit is 1 ms + 0.02 x the time of a warm copy of the
-shard's bytes, taken beside it every iteration. Iterations with and without checkpoints take turns in blocks, so that
-what the copying threads take from training shows, too. Every time is also given as the training thread's CPU time,
-which tells what others on the machine take. Results: ``result.json`` in ``runs/stall``.
+Any setting of ``recipes/gpt2.py`` can be given. Everything that checkpoints do on the training thread is timed: where a
+batch is fetched, at the boundary between two iterations (with several machines, what training waits there for the
+others is told apart), before the optimizer step (where training waits until its state has been read), and after it. The
+limit is 1 ms + 0.02 x the time of a warm copy of the shard's bytes, taken beside it every iteration. Iterations with
+and without checkpoints take turns in blocks, so that what the copying threads take from training shows, too. The parts
+are told apart in every other block alone, as that takes time. Every time is also given as the training thread's CPU
+time, which tells what others on the machine take. Results: ``result.json`` in ``runs/stall``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ import torch.distributed as dist
 from omegaconf import DictConfig
 from settings import conf_dir
 
-from lightning_gemini.callbacks import gemini_checkpoint, job_state
+from lightning_gemini.callbacks import gemini_checkpoint
+from lightning_gemini.callbacks.data_position.position_tracker import PositionTracker
 from lightning_gemini.callbacks.gemini_checkpoint import GeminiCheckpoint
 from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.callbacks.traffic import TrafficScheduler
@@ -55,6 +57,7 @@ TOTAL = (
     (GeminiCheckpoint, "on_train_batch_end"),
     (VersionPublisher, "before_step"),
     (Profiler, "step_began"),
+    (PositionTracker, "begin_fetch"),
 )
 PARTS = {
     "commit of the last version": (VersionPublisher, "settle"),
@@ -62,19 +65,25 @@ PARTS = {
     "Lightning's state": (gemini_checkpoint, "lightning_state"),
     "random state": (gemini_checkpoint, "capture_random"),
     "ZeRO's state": (ZeroState, "capture"),
-    "layout": (shard, "lay_out"),
+    "layout": (shard.Planner, "draft"),
     "beginning of the copy": (Snapshotter, "begin"),
     "before the step": (VersionPublisher, "before_step"),
     "of it, until the state is read": (Snapshot, "wait_until_read"),
     "progress": (GeminiCheckpoint, "on_train_batch_end"),
+    "position in the data": (PositionTracker, "begin_fetch"),
 }
-WAIT = "waiting for other machines"
+WAIT = "waiting for the vote"
 
 
 class Stopwatch:
-    """Adds up seconds, and seconds of the CPU, by what was done."""
+    """Adds up seconds, and seconds of the CPU, by what was done.
+
+    Attributes:
+        in_parts: Whether the parts are told apart; that takes time itself, a part of which counts as theirs.
+    """
 
     def __init__(self) -> None:
+        self.in_parts = False
         self.seconds: Counter[str] = Counter()
         self.cpu_seconds: Counter[str] = Counter()
         self._running: set[str] = set()
@@ -82,18 +91,17 @@ class Stopwatch:
     def install(self) -> None:
         """Times every part from now on."""
         for name, (owner, function) in PARTS.items():
-            self._time(owner, function, name)
+            self._time(owner, function, name, part=True)
         for owner, function in TOTAL:
             self._time(owner, function, "stall")
-        self._time(VersionPublisher, "_wait_for_holders", WAIT)
-        self._time(job_state.JobState, "open", "setup")
+        self._time(VersionPublisher, "_outcome_of_vote", WAIT)
 
-    def _time(self, owner: Any, function: str, name: str) -> None:
+    def _time(self, owner: Any, function: str, name: str, *, part: bool = False) -> None:
         call: Callable[..., Any] = getattr(owner, function)
 
         @functools.wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            if name in self._running:
+            if name in self._running or (part and not self.in_parts):
                 return call(*args, **kwargs)
             self._running.add(name)
             began, cpu_began = time.perf_counter(), time.thread_time()
@@ -144,6 +152,7 @@ class Measurement(pl.Callback):
             self.iterations.append(
                 {
                     "scheme": self._turn(),
+                    "in_parts": self.stopwatch.in_parts,
                     "iteration_s": now - self._began - memcpy_s,
                     "memcpy_s": memcpy_s,
                     "seconds": seconds,
@@ -153,6 +162,7 @@ class Measurement(pl.Callback):
         self._index += self._began is not None
         self._began = now
         if self._index % BLOCK == 0 and self._index >= 0:
+            self.stopwatch.in_parts = self._index // BLOCK % 4 == 2
             state.traffic.set_scheme(self._turn())
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: Any, loss: torch.Tensor) -> None:
@@ -181,15 +191,19 @@ def spread(values: list[float]) -> dict[str, float]:
 
 def row(measurement: Measurement, rank: int) -> dict[str, Any]:
     """One rank's figures, in seconds, and whether the stall is within its limit."""
-    versions = [found for found in measurement.iterations if found["scheme"] != NONE]
+    taken = [found for found in measurement.iterations if found["scheme"] != NONE]
+    versions = [found for found in taken if not found["in_parts"]]
+    in_parts = [found for found in taken if found["in_parts"]]
     without = [found["iteration_s"] for found in measurement.iterations if found["scheme"] == NONE]
     memcpy = spread([found["memcpy_s"] for found in versions])
-    stall = spread([found["seconds"]["stall"] - found["seconds"].get(WAIT, 0.0) for found in versions])
+    alone = measurement.scheme == "eager"  # else the vote waits for other machines
+    waits = [0.0 if alone else found["seconds"].get(WAIT, 0.0) for found in versions]
+    stall = spread([found["seconds"]["stall"] - wait for found, wait in zip(versions, waits, strict=True)])
     limit = 1e-3 + 0.02 * memcpy["median"]
     parts = {
         name: {
-            "seconds": spread([found["seconds"].get(name, 0.0) for found in versions]),
-            "cpu_seconds": spread([found["cpu_seconds"].get(name, 0.0) for found in versions]),
+            "seconds": spread([found["seconds"].get(name, 0.0) for found in in_parts]),
+            "cpu_seconds": spread([found["cpu_seconds"].get(name, 0.0) for found in in_parts]),
         }
         for name in (*PARTS, WAIT)
     }

@@ -461,3 +461,28 @@ def test_loaders_that_cannot_be_resumed_say_so() -> None:
     unordered = DataLoader(Drawing(3), num_workers=1, in_order=False)
     assert "Use in_order=True" in str(exactness_warning(unordered))
     assert exactness_warning(make_resumable(DataLoader(Drawing(3), num_workers=1), lambda: 0)) is None
+
+
+def test_random_state_is_pythons_own_whatever_was_drawn_and_one_object_while_nothing_was() -> None:
+    before = random.getstate()
+    changes = [
+        lambda: random.seed(3),
+        random.random,
+        lambda: random.gauss(0.0, 1.0),  # leaves a second number for the next call
+        lambda: random.gauss(0.0, 1.0),
+        lambda: random.setstate(before),
+        lambda: [random.random() for _ in range(700)],  # past the end of the twister's words
+        lambda: torch.manual_seed(5),
+        lambda: torch.rand(3),
+        lambda: np.random.seed(7),
+        lambda: np.random.standard_normal(),
+    ]
+    for change in changes:
+        change()
+        state = RandomState.capture()
+        assert state.python == random.getstate()
+        assert torch.equal(state.torch, torch.get_rng_state())
+        assert repr(state.numpy) == repr(np.random.get_state(legacy=False))
+        again = RandomState.capture()
+        assert again.python is state.python
+        assert again.torch is state.torch

@@ -44,7 +44,7 @@ def publisher(slab: Slab) -> Iterator[VersionPublisher]:
 
 
 def publish(publisher: VersionPublisher, step: int) -> None:
-    publisher.publish(step, shard.lay_out({"weights": torch.ones(1000)}, {"step": step}), 0.0)
+    publisher.publish(step, shard.Planner().draft({"weights": torch.ones(1000)}, {"step": step}), 0.0)
     assert publisher._snapshot is not None
     assert publisher._snapshot.wait(30.0)
 

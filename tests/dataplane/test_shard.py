@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lightning_gemini.dataplane import shard
 from lightning_gemini.dataplane.shard import ALIGNMENT, SMALL_BYTES, lay_out, read
-from lightning_gemini.errors import IntegrityError, RestoreError
+from lightning_gemini.errors import IntegrityError, RestoreError, StateChangedError
 from tests.dataplane.encoding import encode, round_trip, same
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64]
@@ -94,7 +94,7 @@ def assert_no_tensor_is_pickled(blob: bytes) -> None:
 
 
 def test_the_blob_stays_small_whatever_the_tensors() -> None:
-    state = {"large": torch.zeros(1_000_000), "small": torch.zeros(1000), "none": torch.zeros(0)}
+    state = {"large": torch.zeros(1_000_000), "medium": torch.zeros(LARGE), "none": torch.zeros(0)}
     layout = lay_out(state, {"random": torch.zeros(50_000)})
     assert len(layout.blob) < 500
     assert layout.total_bytes > 4_204_000
@@ -179,19 +179,20 @@ def test_volatile_state_is_that_of_the_call() -> None:
 def test_large_stable_state_is_read_when_it_is_copied() -> None:
     small, large = torch.zeros(3), torch.zeros(LARGE)
     layout = lay_out([small, large], None)
-    assert [slot.live for slot in layout.slots] == [False, True]
-    assert layout.slots[1].tensor.data_ptr() == large.data_ptr()  # referenced, not copied
+    (slot,) = layout.slots
+    assert slot.live
+    assert slot.tensor.data_ptr() == large.data_ptr()  # referenced, not copied
     small += 1
     large += 1
     (found_small, found_large), _ = read(memoryview(encode(layout)))
-    assert not found_small.any()  # small ones are cloned at once: no step waits for them
+    assert not found_small.any()  # small ones are read at once: no step waits for them
     assert found_large.all()
 
 
 def test_packed_values_come_back() -> None:
     value = {"names": ["a", "b"] * 100, "shape": torch.Size([2])}
     packed = shard.pack(value)
-    assert packed.dtype is torch.uint8
+    assert isinstance(packed, bytes)
     assert shard.unpack(packed) == value
     assert shard.unpack(round_trip(packed)[0]) == value
 
@@ -235,3 +236,71 @@ def test_what_is_mutated_right_after_the_call_is_that_of_the_call() -> None:
     nested["history"]["names"].append("b")
     _, volatile = read(memoryview(encode(layout)))
     assert volatile == {"losses": [1.0], "callback": {"history": {"names": ["a"]}}}
+
+
+# -- one shard after the other -----------------------------------------------------------------------------------------
+
+
+class Training:
+    """State that changes between two versions as a run's does, and in ways that it hardly ever does."""
+
+    def __init__(self, draw: st.DataObject) -> None:
+        self.draw = draw
+        self.tensors = [self.made() for _ in range(draw.draw(st.integers(1, 6), "tensors"))]
+        self.steps = 0
+
+    def made(self) -> torch.Tensor:
+        size = self.draw.draw(st.sampled_from([0, 1, 3, LARGE, LARGE + 7]), "elements")
+        return torch.full((size,), float(self.draw.draw(st.integers(0, 9), "value")))
+
+    def change(self) -> None:
+        self.steps += 1
+        index = self.draw.draw(st.integers(0, len(self.tensors) - 1), "which")
+        tensor = self.tensors[index]
+        kind = self.draw.draw(st.sampled_from(["step", "other", "data", "shape", "view", "drop", "more"]), "change")
+        if kind == "step":
+            for each in self.tensors:
+                each.add_(1)
+        elif kind == "other":
+            self.tensors[index] = self.made()
+        elif kind == "data":
+            tensor.data = tensor.data.to(torch.float64) + 1
+        elif kind == "shape" and tensor.numel():
+            tensor.data = tensor.data.reshape(-1)[:1]
+        elif kind == "view":
+            self.tensors.append(tensor.view(-1))
+        elif kind == "drop" and len(self.tensors) > 1:
+            del self.tensors[index]
+        elif kind == "more":
+            self.tensors.insert(index, self.made())
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_shard_holds_the_same_whatever_the_ones_before_held(data: st.DataObject) -> None:
+    planner, training = shard.Planner(), Training(data)
+    for _ in range(data.draw(st.integers(2, 6), "versions")):
+        cut = data.draw(st.integers(0, len(training.tensors)), "stable tensors")
+        stable, volatile = training.tensors[:cut], {"left": training.tensors[cut:], "steps": training.steps}
+        layout, alone = planner.draft(stable, volatile).finish(), lay_out(stable, volatile)
+        assert [slot[1:] for slot in layout.slots] == [slot[1:] for slot in alone.slots]
+        assert same(read(memoryview(encode(layout))), (stable, volatile))
+        training.change()
+
+
+def test_volatile_state_is_that_of_the_draft_and_stable_state_is_left_to_whoever_finishes_it() -> None:
+    small, large = torch.zeros(3), torch.zeros(LARGE)
+    draft = shard.Planner().draft([small], [small, large])
+    small += 1
+    large += 1
+    stable, volatile = read(memoryview(encode(draft.finish())))
+    assert bool(stable[0].all())
+    assert not any(tensor.any() for tensor in volatile)
+
+
+def test_a_draft_of_another_state_than_it_was_taken_for_is_not_finished() -> None:
+    def verify() -> None:
+        raise StateChangedError("another one")
+
+    with pytest.raises(StateChangedError):
+        shard.Planner().draft([1], [2], verify).finish()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import capacity, shard
-from lightning_gemini.dataplane.shard import SMALL_BYTES, Layout, TensorSlot, lay_out
+from lightning_gemini.dataplane.shard import SMALL_BYTES, Draft, Planner
 from lightning_gemini.dataplane.slab import Buffer, BufferState, Slab
 from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter
 from lightning_gemini.errors import AgentError, CapacityError, IntegrityError
@@ -80,13 +80,17 @@ def finished(snapshot: Snapshot) -> Snapshot:
     return snapshot
 
 
-def broken_layout() -> Layout:
+def draft(stable: Any, volatile: Any) -> Draft:
+    return Planner().draft(stable, volatile)
+
+
+def to(buffer: Buffer) -> Callable[[], Buffer]:
+    return lambda: buffer
+
+
+def broken_draft() -> Draft:
     """One that fails in the middle: the second tensor has no bytes to copy."""
-    layout = lay_out([torch.ones(LARGE)], None)
-    nowhere = TensorSlot(torch.empty(10, device="meta"), layout.slots[0].nbytes // 64 * 64 + 64, 40)
-    layout.slots.append(nowhere)
-    layout.blob_offset += 64
-    return layout
+    return draft([torch.ones(LARGE), torch.empty(10, device="meta")], None)
 
 
 # -- copying -----------------------------------------------------------------------------------------------------------
@@ -94,7 +98,7 @@ def broken_layout() -> Layout:
 
 def test_a_version_is_copied_and_announced_twice(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:
     stable, volatile = {"weight": torch.rand(LARGE), "step": torch.tensor(3)}, {"random": torch.rand(5), "name": "x"}
-    snapshot = finished(snapshotter.begin(v(1), lay_out(stable, volatile), buffers[0]))
+    snapshot = finished(snapshotter.begin(v(1), draft(stable, volatile), to(buffers[0])))
     assert (snapshot.error, buffers[0].id, buffers[0].retrieved) == (None, v(1), False)
     assert same(state_in(buffers[0]), (stable, volatile))
     assert gate.notices == 2
@@ -111,7 +115,7 @@ def test_tensors_across_chunk_borders_arrive_whole(
     snapshotter: Snapshotter, buffers: Buffers, small_chunks: int, parts: list[tuple[torch.dtype, int]]
 ) -> None:
     state = [(torch.arange(size) % 101).to(dtype) for dtype, size in parts]
-    snapshot = finished(snapshotter.begin(v(1), lay_out(state, state[:1]), buffers[0]))
+    snapshot = finished(snapshotter.begin(v(1), draft(state, state[:1]), to(buffers[0])))
     assert snapshot.error is None
     assert buffers[0].chunk_bytes == small_chunks
     assert same(state_in(buffers[0])[0], state)
@@ -129,15 +133,16 @@ def test_chunks_are_sealed_while_the_copy_goes_on(
 
     monkeypatch.setattr(Buffer, "seal", watched_seal)
     state = [torch.zeros(small_chunks // 4) for _ in range(4)]
-    finished(snapshotter.begin(v(1), lay_out(state, None), buffers[0]))
+    finished(snapshotter.begin(v(1), draft(state, None), to(buffers[0])))
     assert sorted(seen) == seen
     assert {1, 2, 3} <= set(seen)
 
 
 def test_the_calling_thread_goes_on_at_once(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:
     gate.open.clear()
-    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    snapshot = snapshotter.begin(v(1), draft([torch.ones(LARGE)], None), to(buffers[0]))
     assert not snapshot.done
+    wait_until(lambda: gate.notices == 1, "the thread has begun")
     assert (buffers[0].id, buffers[0].state, buffers[0].chunks_ready) == (v(1), BufferState.WRITING, 0)
     assert not snapshot.wait(0.01)
     gate.open.set()
@@ -149,7 +154,7 @@ def test_the_calling_thread_goes_on_at_once(snapshotter: Snapshotter, gate: Gate
 
 def test_training_waits_until_its_state_was_read(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:
     gate.open.clear()
-    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    snapshot = snapshotter.begin(v(1), draft([torch.ones(LARGE)], None), to(buffers[0]))
     stepping = threading.Event()
 
     def step() -> None:
@@ -169,7 +174,7 @@ def test_a_step_right_after_the_wait_never_shows_in_the_version(snapshotter: Sna
     for step in range(1, 40):
         weight.fill_(step)
         counter.fill_(step)
-        snapshot = snapshotter.begin(v(step), lay_out({"weight": weight}, counter), buffers[step % 2])
+        snapshot = snapshotter.begin(v(step), draft({"weight": weight}, counter), to(buffers[step % 2]))
         snapshot.wait_until_read()
         weight.fill_(-1)
         counter.fill_(-1)
@@ -183,11 +188,11 @@ def test_a_step_right_after_the_wait_never_shows_in_the_version(snapshotter: Sna
 
 
 def test_a_copy_that_fails_is_reported_and_the_next_one_works(snapshotter: Snapshotter, buffers: Buffers) -> None:
-    snapshotter_error = finished(snapshotter.begin(v(1), broken_layout(), buffers[0]))
+    snapshotter_error = finished(snapshotter.begin(v(1), broken_draft(), to(buffers[0])))
     assert isinstance(snapshotter_error.error, (NotImplementedError, RuntimeError))
     snapshotter_error.wait_until_read()  # training does not hang
     assert buffers[0].id is None
-    assert finished(snapshotter.begin(v(2), lay_out([torch.ones(3)], None), buffers[0])).error is None
+    assert finished(snapshotter.begin(v(2), draft([torch.ones(3)], None), to(buffers[0]))).error is None
     assert buffers[0].id == v(2)
 
 
@@ -198,7 +203,7 @@ def test_an_agent_that_went_away_fails_the_version_alone(
     gate.open.clear()
     if when == "before":
         gate.error = AgentError("the agent went away")
-    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0])
+    snapshot = snapshotter.begin(v(1), draft([torch.ones(3)], None), to(buffers[0]))
     if when == "after":
         wait_until(lambda: gate.notices == 1, "the first notice")
         gate.error = AgentError("the agent went away")
@@ -206,14 +211,15 @@ def test_an_agent_that_went_away_fails_the_version_alone(
     assert isinstance(finished(snapshot).error, AgentError)
     assert buffers[0].id is None
     gate.error = None
-    assert finished(snapshotter.begin(v(2), lay_out([torch.ones(3)], None), buffers[1])).error is None
+    assert finished(snapshotter.begin(v(2), draft([torch.ones(3)], None), to(buffers[1]))).error is None
 
 
 def test_a_version_that_is_given_up_while_it_is_copied_never_counts(
     snapshotter: Snapshotter, gate: Gate, buffers: Buffers
 ) -> None:
     gate.open.clear()
-    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    snapshot = snapshotter.begin(v(1), draft([torch.ones(LARGE)], None), to(buffers[0]))
+    wait_until(lambda: gate.notices == 1, "the thread has begun")
     buffers[0].drop()
     gate.open.set()
     assert isinstance(finished(snapshot).error, IntegrityError)
@@ -223,31 +229,26 @@ def test_a_version_that_is_given_up_while_it_is_copied_never_counts(
 def test_two_versions_are_never_mixed_in_one_buffer(snapshotter: Snapshotter, gate: Gate, buffers: Buffers) -> None:
     """All ranks gave version 1 up, and version 2 goes to the same buffer, while the thread is still at version 1."""
     gate.open.clear()
-    first = snapshotter.begin(v(1), lay_out([torch.full((LARGE,), 1.0)], None), buffers[0])
+    first = snapshotter.begin(v(1), draft([torch.full((LARGE,), 1.0)], None), to(buffers[0]))
     wait_until(lambda: gate.notices == 1, "the thread is at version 1")
     buffers[0].drop()
-    begun: list[Snapshot] = []
-    layout = lay_out([torch.full((LARGE,), 2.0)], None)
-    publisher = threading.Thread(target=lambda: begun.append(snapshotter.begin(v(2), layout, buffers[0])))
-    publisher.start()
-    publisher.join(0.05)
-    assert not begun
+    second = snapshotter.begin(v(2), draft([torch.full((LARGE,), 2.0)], None), to(buffers[0]))
     gate.open.set()
-    publisher.join(20.0)
-    finished(begun[0])
-    assert (first.done, first.error is None, begun[0].error) == (True, False, None)
+    finished(second)
+    assert (first.done, first.error is None, second.error) == (True, False, None)
     assert bool((state_in(buffers[0])[0][0] == 2.0).all())
 
 
-def test_memory_that_is_short_is_said_to_the_caller(
+def test_memory_that_is_short_fails_the_version(
     snapshotter: Snapshotter, buffers: Buffers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finished(snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0]))
+    finished(snapshotter.begin(v(1), draft([torch.ones(3)], None), to(buffers[0])))
     monkeypatch.setattr(capacity, "available_bytes", lambda: 257 * 2**20)
-    with pytest.raises(CapacityError):
-        snapshotter.begin(v(2), lay_out([torch.ones(5_000_000)], None), buffers[1])
+    assert isinstance(
+        finished(snapshotter.begin(v(2), draft([torch.ones(5_000_000)], None), to(buffers[1]))).error, CapacityError
+    )
     assert (buffers[0].id, buffers[1].id) == (v(1), None)
-    assert finished(snapshotter.begin(v(3), lay_out([torch.ones(3)], None), buffers[1])).error is None
+    assert finished(snapshotter.begin(v(3), draft([torch.ones(3)], None), to(buffers[1]))).error is None
 
 
 def test_a_deferred_action_that_fails_is_said_once_and_ends_nothing(
@@ -261,10 +262,10 @@ def test_a_deferred_action_that_fails_is_said_once_and_ends_nothing(
     for _ in range(3):
         snapshotter.defer(fail)
     snapshotter.defer(done.set)
-    assert finished(snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0])).error is None
+    assert finished(snapshotter.begin(v(1), draft([torch.ones(3)], None), to(buffers[0]))).error is None
     assert done.wait(20.0), "after the copy"
     assert caplog.text.count("no space left on device") == 1
-    assert finished(snapshotter.begin(v(2), lay_out([torch.ones(3)], None), buffers[1])).error is None
+    assert finished(snapshotter.begin(v(2), draft([torch.ones(3)], None), to(buffers[1]))).error is None
 
 
 def test_what_was_deferred_is_done_before_the_end(buffers: Buffers) -> None:
@@ -279,7 +280,7 @@ def test_what_was_deferred_is_done_before_the_end(buffers: Buffers) -> None:
 def test_closing_finishes_what_was_begun(gate: Gate, buffers: Buffers) -> None:
     snapshotter = Snapshotter(gate.notify, CPU)
     snapshotter.start()
-    snapshot = snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    snapshot = snapshotter.begin(v(1), draft([torch.ones(LARGE)], None), to(buffers[0]))
     snapshotter.close()
     assert snapshot.done
     assert state_in(buffers[0])[0][0].all()
@@ -289,13 +290,13 @@ def test_closing_finishes_what_was_begun(gate: Gate, buffers: Buffers) -> None:
 
 
 def test_the_time_until_all_holders_have_it_is_noted(snapshotter: Snapshotter, buffers: Buffers) -> None:
-    snapshot = finished(snapshotter.begin(v(1), lay_out([torch.ones(3)], None), buffers[0]))
+    snapshot = finished(snapshotter.begin(v(1), draft([torch.ones(3)], None), to(buffers[0])))
     assert snapshot.replica_complete_s is None
     buffers[0].acknowledge(v(1), time.monotonic_ns())
     assert snapshot.replica_complete_s is not None
     assert snapshot.replica_complete_s >= snapshot.copy_s
     buffers[0].drop()
-    finished(snapshotter.begin(v(2), lay_out([torch.ones(3)], None), buffers[0]))
+    finished(snapshotter.begin(v(2), draft([torch.ones(3)], None), to(buffers[0])))
     buffers[0].acknowledge(v(2), time.monotonic_ns())
     assert snapshot.replica_complete_s is None, "the buffer is another version's by now"
 
@@ -329,7 +330,7 @@ def guarded(gate: Gate, door: Door) -> Iterator[Snapshotter]:
 
 
 def test_a_closed_gate_holds_the_copy_up(guarded: Snapshotter, door: Door, buffers: Buffers) -> None:
-    snapshot = guarded.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0])
+    snapshot = guarded.begin(v(1), draft([torch.ones(LARGE)], None), to(buffers[0]))
     wait_until(lambda: door.asked > 3, "the gate is asked again and again")
     assert not snapshot.done
     assert buffers[0].chunks_ready == 0
@@ -340,7 +341,7 @@ def test_a_closed_gate_holds_the_copy_up(guarded: Snapshotter, door: Door, buffe
 
 def test_training_that_waits_opens_every_gate(guarded: Snapshotter, door: Door, buffers: Buffers) -> None:
     weight = torch.ones(LARGE)
-    snapshot = guarded.begin(v(1), lay_out([weight], None), buffers[0])
+    snapshot = guarded.begin(v(1), draft([weight], None), to(buffers[0]))
     wait_until(lambda: door.asked > 1, "the gate is asked")
     snapshot.wait_until_read()
     weight.zero_()
@@ -355,7 +356,7 @@ def test_the_gate_is_asked_before_every_piece(
     door.is_open = True
     pieces = 5
     weight = torch.ones(pieces * small_chunks // 4)
-    assert finished(guarded.begin(v(1), lay_out([weight], None), buffers[0])).error is None
+    assert finished(guarded.begin(v(1), draft([weight], None), to(buffers[0]))).error is None
     assert door.asked == pieces
 
 
@@ -365,7 +366,7 @@ def test_a_gate_that_fails_ends_the_version_alone(gate: Gate, buffers: Buffers) 
 
     snapshotter = Snapshotter(gate.notify, CPU, fail)
     snapshotter.start()
-    snapshot = finished(snapshotter.begin(v(1), lay_out([torch.ones(LARGE)], None), buffers[0]))
+    snapshot = finished(snapshotter.begin(v(1), draft([torch.ones(LARGE)], None), to(buffers[0])))
     snapshotter.close()
     assert str(snapshot.error) == "the gate failed"
     assert buffers[0].id is None

@@ -98,7 +98,7 @@ def _pieces(*arguments: Any) -> Iterator[Any]:
 
 # Besides what is simulated: how often something is looked at that only costs switches here.
 _PARTS: dict[str, dict[str, Any]] = {
-    "callbacks.publisher": {"_POLL_S": 0.003},
+    "callbacks.publisher": {"SimpleQueue": threads.SimpleQueue, "_POLL_S": 0.003},
     "controlplane.control_socket": {"_listen": _listen},
     "controlplane.events": {"append_line": lambda path, line: None},
     "controlplane.warm_pool": {"kill_group": processes.kill_group, "wait_gone": processes.wait_gone},

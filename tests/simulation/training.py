@@ -71,6 +71,7 @@ class Trainer:
         self._disk = disk
         self._weight, self._step = truth.mix(self._rank), 0
         self._tensor = _INDICES * self._weight
+        self._planner = shard.Planner()
 
     def run(self) -> None:
         """Restores, trains to the end, and leaves."""
@@ -130,7 +131,7 @@ class Trainer:
     # -- train ---------------------------------------------------------------------------------------------------------
 
     def _open(self, found: VersionId | None) -> VersionPublisher:
-        self._slab = self._memory.attach(self._layout().total_bytes)
+        self._slab = self._memory.attach(self._draft().finish().total_bytes)
         self._pace()
         self._snapshotter = Snapshotter(self._memory.client.notify, torch.device("cpu"))
         self._snapshotter.start()
@@ -155,8 +156,8 @@ class Trainer:
             )
             self._slab.pace.set_pace(Pace.PACED)
 
-    def _layout(self) -> shard.Layout:
-        return shard.lay_out({"tensor": self._tensor}, {"step": self._step, "weight": self._weight})
+    def _draft(self) -> shard.Draft:
+        return self._planner.draft({"tensor": self._tensor}, {"step": self._step, "weight": self._weight})
 
     def _train(self, publisher: VersionPublisher) -> None:
         settled, self._last_persist = self._step, Active.scheduler.now
@@ -174,7 +175,7 @@ class Trainer:
         self._checks.committed(publisher.committed)
         self._persist_if_due(publisher)
         if (newest is None or self._step != newest.version) and publisher.ready(self._step):
-            publisher.publish(self._step, self._layout(), Active.scheduler.now)
+            publisher.publish(self._step, self._draft(), Active.scheduler.now)
             self._checks.published(self._rank)
 
     def _take_step(self, publisher: VersionPublisher) -> None:

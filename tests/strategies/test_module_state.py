@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_gemini.errors import StateChangedError
 from lightning_gemini.strategies.module_state import ModuleState
 
 
@@ -117,15 +118,23 @@ CHANGES = [
 ]
 
 
+SEEN_AT_ONCE = replace_a_buffer, remove_a_buffer
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_is_noticed(change: Callable[[Any], None]) -> None:
     model = Model()
     state = ModuleState(model)
     assert_reads(state, model)
+    state.verify()
     assert_reads(state, model)
     change(model)
+    state.read()
+    if change not in SEEN_AT_ONCE:
+        with pytest.raises(StateChangedError, match="the next version has it"):
+            state.verify()
     assert_reads(state, model)
-    assert_reads(state, model)
+    state.verify()
 
 
 def test_an_unchanged_module_is_not_walked_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +145,7 @@ def test_an_unchanged_module_is_not_walked_again(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Model, "state_dict", None)
     model.one.count += 1
     assert state.read()[1]["one.count"] == 1
+    state.verify()
 
 
 def test_parts_that_make_their_state_are_asked_every_time() -> None:

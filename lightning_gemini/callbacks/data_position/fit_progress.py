@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning.pytorch.loops import fetchers
+
 from lightning_gemini.callbacks.data_position.position import EpochState
 
 __all__ = ["batches_in_flight", "epoch_state"]
@@ -15,8 +17,6 @@ def batches_in_flight(trainer: Any) -> int:
     It holds from ``on_train_batch_start`` of one batch to the next fetch. Fetches that Lightning makes in advance to
     recognise the last batch of a loader without length are counted too.
     """
-    from lightning.pytorch.loops import fetchers
-
     fetcher = trainer.fit_loop._data_fetcher
     if isinstance(fetcher, fetchers._DataLoaderIterDataFetcher):
         return 0  # training_step(dataloader_iter) fetches for itself

@@ -123,6 +123,8 @@ class PositionTracker:
 
     def _before_last(self, fetches: int, find_sources: FindSources, length: int | None) -> Position:
         position, *after = list(self._recent)[-fetches:]
+        if length is not None and not after:
+            return position
         later = [repeated.fetch for repeated in after]
         # Of a loader without length Lightning fetches a batch ahead, so a single batch in flight is not in training
         # yet, unless it is the last, behind which Lightning has found the end. Either way training had drawn since.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import random
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ _MT19937_BYTES = 625 * 4
 _LONGEST_CHILD_LIST = 16
 _WORDS = struct.Struct("=625I")
 _plain_seen: dict[str, tuple[Any, Any]] = {}
+_python_seen: tuple[bytes | None, float | None, tuple[Any, ...]] | None = None
+_torch_seen: tuple[bytes, torch.Tensor] | None = None
 _numpy_seen: tuple[object, bytes, dict[str, Any]] | None = None
 
 
@@ -90,7 +93,7 @@ class RandomState:
     def capture(cls, sources: Sequence[RandomSource] = ()) -> RandomState:
         """Reads the process's generators and `sources`; draws nothing (about 20 µs)."""
         found = {source.path: source.read() for source in sources}
-        return cls(random.getstate(), _numpy_state(), torch.get_rng_state(), found)
+        return cls(_python_state(), _numpy_state(), _torch_state(), found)
 
     def restore(self, sources: Sequence[RandomSource] = ()) -> None:
         """Puts the process's generators and those of `sources` that this state knows back."""
@@ -167,6 +170,44 @@ def _remembered(name: str, part: Any) -> Any:
     if (seen := _plain_seen.get(name)) is None or seen[0] is not part:
         seen = _plain_seen[name] = part, _to_plain(part)
     return seen[1]
+
+
+# One that nothing was drawn from is the same object again, so that it is made plain, and pickled, once.
+
+
+def _python_state() -> tuple[Any, ...]:
+    global _python_seen
+    memory = _python_memory() if _MEMORY_TELLS else None
+    gauss = getattr(random._inst, "gauss_next", None)
+    if memory is None or _python_seen is None or _python_seen[:2] != (memory, gauss):
+        _python_seen = memory, gauss, random.getstate()
+    return _python_seen[2]
+
+
+def _python_memory() -> bytes:
+    """The Mersenne Twister of `random` as CPython has it, behind what all objects begin with."""
+    return ctypes.string_at(id(random._inst) + object.__basicsize__, _MT19937_BYTES)
+
+
+def _memory_tells() -> bool:
+    """Whether this Python keeps its Mersenne Twister where `_python_memory` looks: the position, then the words."""
+    if sys.implementation.name != "cpython" or type(random._inst).__basicsize__ < _PYTHON_LEAST_BYTES:
+        return False
+    *words, position = random.getstate()[1]
+    return _python_memory() == _WORDS.pack(position, *words)
+
+
+_PYTHON_LEAST_BYTES = object.__basicsize__ + _MT19937_BYTES
+_MEMORY_TELLS = _memory_tells()
+
+
+def _torch_state() -> torch.Tensor:
+    global _torch_seen
+    state = torch.get_rng_state()
+    memory = state.numpy().tobytes()
+    if _torch_seen is None or _torch_seen[0] != memory:
+        _torch_seen = memory, state
+    return _torch_seen[1]
 
 
 def _numpy_state() -> dict[str, Any]:

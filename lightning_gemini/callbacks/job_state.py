@@ -212,7 +212,7 @@ class JobState:
         self._publisher = VersionPublisher(
             slab,
             self._snapshotter,
-            self.group,
+            RankGroup(),  # votes are cast on another thread, whatever ranks agree on meanwhile
             self.memory.generation,
             replicated=self.memory.replicas > 1,
             commit_wait_s=self.config.commit_wait_s,

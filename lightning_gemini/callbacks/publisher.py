@@ -60,7 +60,7 @@ class VersionPublisher:
     Args:
         slab: This rank's slab.
         snapshotter: Copies.
-        group: All ranks.
+        group: All ranks; used by nobody else, as votes are cast on the snapshot thread.
         generation: Of this run of the workers.
         replicated: Whether other machines hold copies that must be waited for.
         commit_wait_s: See :class:`~lightning_gemini.config.CheckpointConfig`.

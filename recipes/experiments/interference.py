@@ -1,6 +1,6 @@
 """What checkpoints cost training, by the way they travel: GEMINI's ablation (SOSP '23, section 7.4), at small scale.
 
-    sudo python recipes/experiments/interference.py                 # about half an hour
+    sudo python recipes/experiments/interference.py                 # about an hour
     sudo python recipes/experiments/interference.py quick=true      # two link speeds, under five minutes
     sudo python recipes/experiments/interference.py full.links_mbit=[100,50] gemini/transport=p2p    # as in conf/
 

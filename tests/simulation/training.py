@@ -65,6 +65,7 @@ class Trainer:
         )
         ranks = rendezvous.join(environ)
         self._group = SimulatedRankGroup(ranks, self._rank)
+        self._votes = SimulatedRankGroup(ranks, self._rank, "votes")
         self._training = SimulatedRankGroup(ranks, self._rank, "training")
         self._memory = PeerMemory(program.config, self._identity, self._group)  # type: ignore[arg-type]
         self._persister = SimulatedPersister(disk, self._rank, self._world_size)
@@ -138,7 +139,7 @@ class Trainer:
         return VersionPublisher(
             self._slab,
             self._snapshotter,
-            self._group,  # type: ignore[arg-type]
+            self._votes,  # type: ignore[arg-type]
             self._memory.generation,
             replicated=self._memory.replicas > 1,
             commit_wait_s=self._program.config.commit_wait_s,

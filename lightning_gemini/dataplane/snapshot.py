@@ -28,7 +28,7 @@ class Snapshot:
 
     Attributes:
         id: The version.
-        buffer: Where it goes; ``None`` until it is begun, and where there is no place for it.
+        buffer: Where it goes; ``None`` until its first byte is written.
         bytes: Size of the shard; 0 until that is known.
         copy_s: Seconds from the beginning until the buffer was complete.
         stall_s: Seconds that the training thread lost; kept by the publisher.
@@ -173,10 +173,8 @@ class Snapshotter:
 
     def _take(self, snapshot: Snapshot, draft: Draft, choose: Callable[[], Buffer]) -> None:
         try:
-            buffer = snapshot.buffer = choose()
             with torch.cuda.stream(self._stream):  # none on the CPU
-                self._copy(snapshot, draft, buffer)
-            buffer.complete()
+                self._copy(snapshot, draft, choose())
             self._notify()
         except Exception as error:  # a failed checkpoint must not kill training: the publisher reports it
             snapshot.error = error
@@ -191,7 +189,7 @@ class Snapshotter:
             torch.cuda.current_stream().wait_event(snapshot.device_ready)
         layout = draft.finish()
         buffer.begin(snapshot.id, layout.total_bytes)
-        snapshot.bytes = layout.total_bytes
+        snapshot.buffer, snapshot.bytes = buffer, layout.total_bytes
         self._notify()
         head = layout.head()
         buffer.data[: len(head)] = head
@@ -206,6 +204,7 @@ class Snapshotter:
         sealing.finish()
         buffer.data[layout.blob_offset : layout.total_bytes] = layout.blob
         buffer.seal(layout.total_bytes)
+        buffer.complete()
 
     def _copy_tensors(self, snapshot: Snapshot, layout: Layout, buffer: Buffer, sealing: _Sealing) -> None:
         target = torch.frombuffer(buffer.data, dtype=torch.uint8)

@@ -231,3 +231,46 @@ def test_wrong_names_and_schemes_without_a_profile_are_refused(slab: Slab) -> No
     with pytest.raises(ConfigurationError, match="needs a profile"):
         alone.set_scheme("interleaved")
     assert alone.is_due(1)
+
+
+def usable_s(slab: Slab) -> list[float]:
+    plan = slab.pace.plan()
+    assert plan is not None
+    return [length / 1e9 for length in plan.usable_ns]
+
+
+def test_a_version_goes_a_little_in_every_span_and_keeps_a_distance_from_both_ends(slab: Slab) -> None:
+    world = World(slab, bandwidth=8e6)  # 125 ms of 240
+    world.run(20)
+    idle_s = world.traffic.plan.profile.means_s  # type: ignore[union-attr]
+    used = usable_s(slab)
+    parts = [one / other for one, other in zip(used[:2], idle_s[:2], strict=True)]
+    assert parts[0] == pytest.approx(parts[1], rel=1e-3)
+    assert 1.2 * SHARD / 8e6 < sum(used[:2]) < 1.4 * SHARD / 8e6
+    plan = slab.pace.plan()
+    assert plan is not None
+    lead_s = used[0] * plan.lead_ppm / 1e6
+    assert lead_s == pytest.approx(idle_s[0] - used[0] - lead_s, rel=1e-3), "as much before as behind"
+
+
+def test_a_version_that_needs_next_to_nothing_still_has_half_of_what_is_safe(slab: Slab) -> None:
+    world = World(slab, bandwidth=1e9)
+    world.run(20)
+    assert usable_s(slab)[:2] == pytest.approx([0.4 * length for length in IDLE_S], rel=1e-3)
+
+
+def test_a_version_that_needs_all_of_the_spans_has_all_that_is_safe(slab: Slab) -> None:
+    for bandwidth in (4.4e6, 1e6):  # 230 ms of 240, and more than there is
+        world = World(slab, bandwidth, overhead_budget=1e9)
+        world.run(20)
+        assert world.traffic.plan is not None
+        assert usable_s(slab)[:2] == pytest.approx([0.8 * length for length in IDLE_S], rel=1e-3)
+
+
+def test_a_scheme_that_keeps_the_link_waiting_has_all_that_is_safe(slab: Slab) -> None:
+    world = World(slab, bandwidth=2e7)
+    world.run(20)
+    world.traffic.set_scheme("unpipelined")
+    assert usable_s(slab)[:2] == pytest.approx([0.8 * length for length in IDLE_S], rel=1e-3)
+    world.traffic.set_scheme("interleaved")
+    assert sum(usable_s(slab)[:2]) < 0.6 * 0.8 * sum(IDLE_S)

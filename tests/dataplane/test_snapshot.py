@@ -17,7 +17,7 @@ from lightning_gemini.dataplane import capacity, shard
 from lightning_gemini.dataplane.shard import SMALL_BYTES, Draft, Planner
 from lightning_gemini.dataplane.slab import Buffer, BufferState, Slab
 from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter
-from lightning_gemini.errors import AgentError, CapacityError, IntegrityError
+from lightning_gemini.errors import AgentError, CapacityError, IntegrityError, StateChangedError
 from tests.dataplane.encoding import same
 from tests.dataplane.machines import content_of
 from tests.dataplane.waiting import wait_until
@@ -237,6 +237,16 @@ def test_two_versions_are_never_mixed_in_one_buffer(snapshotter: Snapshotter, ga
     finished(second)
     assert (first.done, first.error is None, second.error) == (True, False, None)
     assert bool((state_in(buffers[0])[0][0] == 2.0).all())
+
+
+def test_a_state_that_was_another_one_costs_no_older_version(snapshotter: Snapshotter, buffers: Buffers) -> None:
+    def verify() -> None:
+        raise StateChangedError("another one")
+
+    finished(snapshotter.begin(v(1), draft([torch.ones(3)], None), to(buffers[0])))
+    snapshot = finished(snapshotter.begin(v(3), Planner().draft([1], None, verify), to(buffers[0])))
+    assert isinstance(snapshot.error, StateChangedError)
+    assert (buffers[0].id, buffers[0].state) == (v(1), BufferState.COMPLETE)
 
 
 def test_memory_that_is_short_fails_the_version(

@@ -12,7 +12,7 @@ import pytest
 from tests.simulation.mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[2]
-SCHEDULES = 2000
+SCHEDULES = 1200
 SEARCHED = 200
 """Within how many seeds every known bad protocol must be found."""
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from lightning_gemini.config import P2P_BUFFER_BYTES, CheckpointConfig
@@ -21,9 +19,6 @@ __all__ = ["Plan", "Planner", "figures", "sentence"]
 log = logging.getLogger(__name__)
 
 _MOST_ITERATIONS = 1000
-_RESERVE = 1.25  # times what a version needs of the spans is used, where there is so much: iterations vary
-_LEAST_PART = 0.5  # of what is safe: who sends must still find the time in which it may
-_HALVINGS = 6
 _CHUNK_S = 0.004
 _LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 16 << 10, 32 << 20
 
@@ -38,7 +33,6 @@ class Plan:
         chunking: How it is cut.
         link: How fast it travels.
         shard_bytes: How large it is.
-        safety: The part of every span that is used: no more than the setting, and less where less will do.
     """
 
     profile: IdleProfile
@@ -46,7 +40,6 @@ class Plan:
     chunking: Chunking
     link: LinkSpeed
     shard_bytes: int
-    safety: float
 
 
 class Planner:
@@ -63,26 +56,25 @@ class Planner:
     def plan(self, scheme: Scheme, profile: IdleProfile, link: LinkSpeed, shard_bytes: int) -> Plan | None:
         """A plan for one of the paced schemes; ``None``, and a warning, where none can be made."""
         cut = self._cut(scheme, link, shard_bytes)
-        choose = partial(
-            choose_every,
-            profile.means_s,
-            profile.deadline,
-            profile.iteration_s,
-            shard_bytes,
-            budget=self._config.overhead_budget,
-            replicas=self._replicas,
-            bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
-            startup_s=link.startup_s,
-            buffer_bytes=cut.window_bytes,
-            sub_buffers=cut.sub_buffers,
-        )
         try:
-            cadence = choose(limit=_MOST_ITERATIONS, safety=self._config.safety)
-            safety = _least_safety(partial(choose, limit=cadence.every), self._config.safety)
+            cadence = choose_every(
+                profile.means_s,
+                profile.deadline,
+                profile.iteration_s,
+                shard_bytes,
+                budget=self._config.overhead_budget,
+                limit=_MOST_ITERATIONS,
+                replicas=self._replicas,
+                bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
+                startup_s=link.startup_s,
+                buffer_bytes=cut.window_bytes,
+                sub_buffers=cut.sub_buffers,
+                safety=self._config.safety,
+            )
         except GeminiError as error:
             log.warning("cannot schedule checkpoint traffic: %s", error)
             return None
-        return Plan(profile, cadence, cut, link, shard_bytes, safety)
+        return Plan(profile, cadence, cut, link, shard_bytes)
 
     def apply(self, page: PacePage, scheme: Scheme, plan: Plan | None) -> None:
         """Tell whoever sends what to do from now on; without a plan everything goes at once."""
@@ -90,16 +82,15 @@ class Planner:
             page.set_pace(Pace.FREE)
             return
         cut = self._cut(scheme, plan.link, plan.shard_bytes)
-        safety = plan.safety if scheme is Scheme.INTERLEAVED else self._config.safety  # the others keep links waiting
         page.set_plan(
-            [safety * mean_s for mean_s in plan.profile.means_s],
+            [self._config.safety * mean_s for mean_s in plan.profile.means_s],
             bandwidth_bytes_per_s=plan.link.bandwidth_bytes_per_s,
             startup_s=plan.link.startup_s,
             chunk_bytes=cut.chunk_bytes,
             window_bytes=cut.window_bytes,
             one_chunk=cut.one_chunk,
             iteration_s=plan.profile.iteration_s,
-            lead=(1 / safety - 1) / 2,  # what is not used lies half before and half behind
+            lead=(1 / self._config.safety - 1) / 2,  # what is not used lies half before and half behind
         )
         page.set_pace(Pace.PACED)
 
@@ -113,22 +104,6 @@ class Planner:
             return P2P_BUFFER_BYTES
         chunk_bytes = int(link.bandwidth_bytes_per_s * _CHUNK_S)
         return self._config.sub_buffers * min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
-
-
-def _least_safety(choose: Callable[..., Cadence], most: float) -> float:
-    """The part of every span that carries a version, with a reserve; ``most`` where a version takes all there is.
-
-    Training meets less of a version that goes a little in every span than of one that fills the first spans: its ranks
-    are never quite in step, and a link that was just in use carries the next collective later than one that was not.
-    """
-    enough, too_little = most, 0.0
-    for _ in range(_HALVINGS):
-        tried = (enough + too_little) / 2
-        if choose(safety=tried).schedule.overrun_s == 0.0:
-            enough = tried
-        else:
-            too_little = tried
-    return min(most, max(_RESERVE * enough, _LEAST_PART * most))
 
 
 def figures(plan: Plan) -> dict[str, Any]:

@@ -24,7 +24,7 @@ MAX_MACHINES = 50
 _SEGMENT_BYTES = 16384
 # As on a fabric without loss: nothing is dropped, and no connection looks for its rate anew, neither after a pause
 # nor every few seconds.
-_STEADY = "net.ipv4.tcp_congestion_control=reno", "net.ipv4.tcp_slow_start_after_idle=0"
+_STEADY = "cd /proc/sys/net/ipv4 && echo reno > tcp_congestion_control && echo 0 > tcp_slow_start_after_idle"
 _QUEUE = "400ms"
 
 
@@ -104,8 +104,7 @@ class Namespaces:
             segments = f"link set eth0 gso_max_size {_SEGMENT_BYTES} up"
             for words in (f"addr add {self.address(index)}/24 dev eth0", segments, "link set lo up"):
                 _ip("-n", name, *words.split())
-            for setting in _STEADY:
-                _run(*self.command(index, "sysctl", "-qw", setting))
+            _run(*self.command(index, "sh", "-c", _STEADY))
             if self._rate is not None:
                 limit = ["root", "tbf", "rate", self._rate, "burst", self._burst, "latency", _QUEUE]
                 _run("tc", "qdisc", "add", "dev", name, *limit)

@@ -77,12 +77,12 @@ class _Loops:
         """The state of each."""
         states: dict[str, dict[str, Any]] = {name: {} for name in _LOOPS}
         for name, prefix, loop in self._loops:
-            if type(loop).on_save_checkpoint is _FitLoop.on_save_checkpoint:
-                states[name][f"{prefix}state_dict"] = _loader_states(loop)
-            elif type(loop).state_dict is _Loop.state_dict:
-                states[name][f"{prefix}state_dict"] = loop.on_save_checkpoint()
-            else:
+            if type(loop).state_dict is not _Loop.state_dict:
                 loop.state_dict(states[name], prefix)
+            elif type(loop).on_save_checkpoint is _FitLoop.on_save_checkpoint:
+                states[name][f"{prefix}state_dict"] = _loader_states(loop)
+            else:
+                states[name][f"{prefix}state_dict"] = loop.on_save_checkpoint()
         for name, key, values in self._progress:
             states[name][key] = _counters(values)
         return states

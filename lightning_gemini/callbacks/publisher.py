@@ -16,7 +16,7 @@ from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.shard import Draft
 from lightning_gemini.dataplane.slab import Buffer, Slab
 from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter
-from lightning_gemini.errors import IntegrityError
+from lightning_gemini.errors import CapacityError
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ class VersionPublisher:
     """One rank's side of the commit protocol (design, Invariant 1).
 
     A version is *published* when its copy begins, and *committed* once every rank's shard of it is complete on every
-    holder. Ranks learn that from a minimum over all ranks that starts before the optimizer step and is read after it,
-    so all of them decide alike: the next version may overwrite the older buffer, or it is skipped.
+    holder. Ranks learn that from a minimum over all ranks that starts with the optimizer step and is read after it, so
+    all of them decide alike: the next version may overwrite the older buffer, or it is skipped.
 
     Args:
         slab: This rank's slab.
@@ -73,7 +73,7 @@ class VersionPublisher:
         newest: The version published last.
         committed: The newest version that all ranks know to be committed.
         skipped: Versions that were due and not taken.
-        patient: Whether the coming step waits for the newest version's replicas: the version after it is due then.
+        patient: Whether the coming vote waits for the newest version's replicas: the version after it is due then.
         votes: This rank's.
         agreed: The outcome of the vote that came with the version that was just committed.
         costs: What goes into each version's record besides times.
@@ -209,7 +209,7 @@ class VersionPublisher:
     def _writable(self, committed: VersionId | None) -> Buffer:
         index = writable_buffer(self._slab.views, committed)
         if index is None:
-            raise IntegrityError("both buffers hold versions that may be needed yet; training goes on, and tries again")
+            raise CapacityError("both buffers hold versions that may be needed yet; training goes on, and tries again")
         return self._slab.buffers[index]
 
     def _vote(self) -> None:

@@ -93,12 +93,12 @@ class Planner:
             The shard of ``{"stable": stable, "volatile": volatile}`` in the making.
         """
         layout = Layout()
-        blob, self._volatile = _place(volatile, layout, self._volatile, copy=True)
+        blob, self._volatile = _pickle(volatile, layout, self._volatile, copy=True)
         return Draft(self, stable, blob, layout, verify)
 
     def place_stable(self, stable: Any, layout: Layout) -> bytes:
         """The second half of it."""
-        blob, self._stable = _place(stable, layout, self._stable, copy=False)
+        blob, self._stable = _pickle(stable, layout, self._stable, copy=False)
         return blob
 
 
@@ -199,7 +199,7 @@ class _Placed(NamedTuple):
         )
 
 
-def _place(value: Any, layout: Layout, expected: list[_Placed], *, copy: bool) -> tuple[bytes, list[_Placed]]:
+def _pickle(value: Any, layout: Layout, expected: list[_Placed], *, copy: bool) -> tuple[bytes, list[_Placed]]:
     """Pickles a value, gives its tensors slots in the layout, and returns the bytes and the tensors."""
     stream = io.BytesIO()
     pickler = _TensorPickler(stream, layout, expected, copy)
@@ -226,7 +226,7 @@ class _TensorPickler(pickle.Pickler):
     def __init__(self, stream: io.BytesIO, layout: Layout, expected: list[_Placed], copy: bool) -> None:
         super().__init__(stream, protocol=pickle.HIGHEST_PROTOCOL)
         self.placed: list[_Placed] = []
-        self._layout, self._copy = layout, copy
+        self._layout, self._copies = layout, copy
         self._expected = iter(expected)
         self._as_expected = True
         self._seen: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
@@ -266,8 +266,8 @@ class _TensorPickler(pickle.Pickler):
             if nbytes <= SMALL_BYTES and tensor.is_cpu:
                 where = _bytes(tensor if plain else _copy(tensor))
             else:
-                kept = _copy(tensor) if self._copy else tensor.detach().contiguous()
-                slot = TensorSlot(kept, layout.blob_offset, nbytes, live=not self._copy)
+                kept = _copy(tensor) if self._copies else tensor.detach().contiguous()
+                slot = TensorSlot(kept, layout.blob_offset, nbytes, live=not self._copies)
                 layout.slots.append(slot)
                 layout.blob_offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
             reduced = self._seen[key] = _tensor, (len(self._seen), _name(tensor.dtype), tuple(tensor.shape), where)

@@ -225,6 +225,8 @@ class Snapshotter:
             while not snapshot.hurried and not self._gate():
                 snapshot.wait_for_hurry(_GATE_S)
 
+    # -- CUDA only -----------------------------------------------------------------------------------------------
+
     def _pin(self, buffer: Buffer) -> None:
         """Register the buffer with CUDA, so that copies are asynchronous and run at full speed."""
         view = torch.frombuffer(buffer.data, dtype=torch.uint8)

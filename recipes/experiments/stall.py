@@ -126,11 +126,13 @@ class Measurement(pl.Callback):
     """Turns checkpoints on and off, block by block, and keeps what every iteration cost.
 
     Attributes:
+        alone: Whether no other machine holds a copy, so that the vote waits for nobody.
         iterations: Scheme, seconds of the iteration, of its parts, and of a copy of the shard's bytes beside it.
     """
 
     def __init__(self, stopwatch: Stopwatch, scheme: str) -> None:
         self.stopwatch, self.scheme = stopwatch, scheme
+        self.alone = False
         self.iterations: list[dict[str, Any]] = []
         self.shard_bytes = 0
         self._began: float | None = None
@@ -140,7 +142,8 @@ class Measurement(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A single machine has no traffic to schedule."""
-        if trainer.strategy.job_state.memory.replicas == 1:  # type: ignore[attr-defined]
+        self.alone = trainer.strategy.job_state.memory.replicas == 1  # type: ignore[attr-defined]
+        if self.alone:
             self.scheme = "eager"
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
@@ -196,8 +199,7 @@ def row(measurement: Measurement, rank: int) -> dict[str, Any]:
     in_parts = [found for found in taken if found["in_parts"]]
     without = [found["iteration_s"] for found in measurement.iterations if found["scheme"] == NONE]
     memcpy = spread([found["memcpy_s"] for found in versions])
-    alone = measurement.scheme == "eager"  # else the vote waits for other machines
-    waits = [0.0 if alone else found["seconds"].get(WAIT, 0.0) for found in versions]
+    waits = [0.0 if measurement.alone else found["seconds"].get(WAIT, 0.0) for found in versions]
     stall = spread([found["seconds"]["stall"] - wait for found, wait in zip(versions, waits, strict=True)])
     limit = 1e-3 + 0.02 * memcpy["median"]
     parts = {

@@ -12,8 +12,10 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.progress import _Progress
+from torch.utils.data import DataLoader
 
 from lightning_gemini.callbacks.lightning_state import StateOnDemand, lightning_state, loop_states
 
@@ -63,6 +65,38 @@ def test_loops_are_read_as_lightning_reads_them(tmp_path: Path) -> None:
     trainer.fit(BoringModel())
     assert comparison.compared > 20
     assert loop_states(trainer) == trainer._checkpoint_connector._get_loops_state_dict()
+
+
+class StatefulLoader(DataLoader[torch.Tensor]):
+    """Neither ours nor torchdata's: it has the two methods, no more."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"place": 7}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class OwnStateLoop(_FitLoop):
+    """A user's."""
+
+    def state_dict(self, destination: dict[str, Any] | None = None, prefix: str = "") -> dict[str, Any]:
+        state = super().state_dict(destination, prefix)
+        state["mine"] = 3
+        return state
+
+
+@pytest.mark.parametrize("kind", [_FitLoop, OwnStateLoop])
+def test_loaders_with_state_and_loops_with_their_own_are_read_as_lightning_reads_them(
+    tmp_path: Path, kind: type[_FitLoop]
+) -> None:
+    comparison = Comparison()
+    trainer = trainer_with(tmp_path, comparison)
+    trainer.fit_loop.__class__ = kind
+    trainer.fit(BoringModel(), StatefulLoader(RandomDataset(32, 4)))
+    assert comparison.compared > 10
+    states = loop_states(trainer)["fit_loop"]
+    assert states["state_dict"] == {"combined_loader": [{"place": 7}]}
+    assert states.get("mine") == (3 if kind is OwnStateLoop else None)
 
 
 def test_what_was_read_does_not_change_with_the_loops(tmp_path: Path) -> None:

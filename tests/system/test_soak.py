@@ -1,4 +1,4 @@
-"""Two minutes of everything that can happen, and the proof that nothing is wrong afterwards: a short `make soak`."""
+"""Three minutes of everything that can happen, and the proof that nothing is wrong afterwards: a short `make soak`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MINUTES = 2
+MINUTES = 3
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def short_path() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(420)
-def test_nothing_is_wrong_after_two_minutes_of_faults(short_path: Path, seed: int) -> None:
+def test_nothing_is_wrong_after_three_minutes_of_faults(short_path: Path, seed: int) -> None:
     command = [sys.executable, str(ROOT / "recipes" / "soak.py"), "--minutes", str(MINUTES), "--seed", str(seed)]
     output = short_path / "output.txt"
     with output.open("wb") as terminal:
@@ -42,7 +42,7 @@ def test_nothing_is_wrong_after_two_minutes_of_faults(short_path: Path, seed: in
     assert summary["violations"] == []
     assert hex(seed) in summary["command"]
     # Not much for a fast machine, but on the slowest the faults must have happened too.
-    assert sum(summary["faults"].values()) >= 7
-    assert len(summary["faults"]) >= 3
-    assert sum(summary["recoveries"].values()) >= 3
+    assert sum(summary["faults"].values()) >= 10
+    assert len(summary["faults"]) >= 4
+    assert sum(summary["recoveries"].values()) >= 4
     assert sum(summary["missed"].values()) <= sum(summary["faults"].values())

@@ -10,7 +10,7 @@ import ctypes
 import random
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,9 +25,7 @@ _MT19937_BYTES = 625 * 4
 _LONGEST_CHILD_LIST = 16
 _WORDS = struct.Struct("=625I")
 _plain_seen: dict[str, tuple[Any, Any]] = {}
-_python_seen: tuple[bytes | None, float | None, tuple[Any, ...]] | None = None
-_torch_seen: tuple[bytes, torch.Tensor] | None = None
-_numpy_seen: tuple[object, bytes, dict[str, Any]] | None = None
+_seen: dict[str, tuple[Any, Any]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,16 +170,19 @@ def _remembered(name: str, part: Any) -> Any:
     return seen[1]
 
 
-# One that nothing was drawn from is the same object again, so that it is made plain, and pickled, once.
+def _unless_same(name: str, mark: Any, read: Callable[[], Any]) -> Any:
+    """What `read` gives; the same object as the last time if `mark` is equal, so that it is made plain once."""
+    if (seen := _seen.get(name)) is None or seen[0] != mark:
+        seen = _seen[name] = mark, read()
+    return seen[1]
 
 
 def _python_state() -> tuple[Any, ...]:
-    global _python_seen
-    memory = _python_memory() if _MEMORY_TELLS else None
-    gauss = getattr(random._inst, "gauss_next", None)
-    if memory is None or _python_seen is None or _python_seen[:2] != (memory, gauss):
-        _python_seen = memory, gauss, random.getstate()
-    return _python_seen[2]
+    if not _MEMORY_TELLS:
+        return random.getstate()
+    gauss = random._inst.gauss_next  # type: ignore[attr-defined]
+    state: tuple[Any, ...] = _unless_same("python", (_python_memory(), gauss), random.getstate)
+    return state
 
 
 def _python_memory() -> bytes:
@@ -191,36 +192,33 @@ def _python_memory() -> bytes:
 
 def _memory_tells() -> bool:
     """Whether this Python keeps its Mersenne Twister where `_python_memory` looks: the position, then the words."""
-    if sys.implementation.name != "cpython" or type(random._inst).__basicsize__ < _PYTHON_LEAST_BYTES:
+    least_bytes = object.__basicsize__ + _MT19937_BYTES
+    if sys.implementation.name != "cpython" or type(random._inst).__basicsize__ < least_bytes:
         return False
     *words, position = random.getstate()[1]
     return _python_memory() == _WORDS.pack(position, *words)
 
 
-_PYTHON_LEAST_BYTES = object.__basicsize__ + _MT19937_BYTES
 _MEMORY_TELLS = _memory_tells()
 
 
 def _torch_state() -> torch.Tensor:
-    global _torch_seen
     state = torch.get_rng_state()
-    memory = state.numpy().tobytes()
-    if _torch_seen is None or _torch_seen[0] != memory:
-        _torch_seen = memory, state
-    return _torch_seen[1]
+    same: torch.Tensor = _unless_same("torch", state.numpy().tobytes(), lambda: state)
+    return same
 
 
 def _numpy_state() -> dict[str, Any]:
     # numpy takes 70 µs to hand out its state. It rarely moves between two batches, and one look at its memory tells.
     # A cached gaussian can be used up without a trace in that memory, so with one the state is always read.
-    global _numpy_seen
     bits = np.random.get_bit_generator()  # type: ignore[attr-defined]
     if type(bits) is not np.random.MT19937:
         return np.random.get_state(legacy=False)
+    if (seen := _seen.get("numpy")) is not None and seen[1]["has_gauss"]:
+        del _seen["numpy"]
     memory = ctypes.string_at(bits.ctypes.state_address, _MT19937_BYTES)
-    if _numpy_seen is None or _numpy_seen[:2] != (bits, memory) or _numpy_seen[2]["has_gauss"]:
-        _numpy_seen = (bits, memory, np.random.get_state(legacy=False))
-    return _numpy_seen[2]
+    state: dict[str, Any] = _unless_same("numpy", (bits, memory), lambda: np.random.get_state(legacy=False))
+    return state
 
 
 def _to_plain(value: Any) -> Any:

@@ -78,6 +78,7 @@ class GeminiCheckpoint(Checkpoint):
         if not state.zero.at_boundary:
             return
         self._settled_step = step
+        state.slab.buffers[0].report_progress(step)
         traffic = state.traffic
         waited_s = publisher.waited_s if publisher.settle() else None
         self._persist_if_due(state)
@@ -89,18 +90,12 @@ class GeminiCheckpoint(Checkpoint):
         traffic.iteration_begun(step, published=due, settled=publisher.settled)
         publisher.patient = traffic.is_due(step + 1)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Tell the agent how far this rank is."""
-        state = _strategy(trainer).job_state
-        if state is not None and self._publisher is not None:
-            state.slab.buffers[0].report_progress(state.zero.step)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The job's result is the user's now; memory may go."""
         state = _strategy(trainer).job_state
         if state is not None:
+            if self._publisher is not None:
+                state.slab.buffers[0].report_progress(state.zero.step)
             state.finished = True
 
     def _publish(self, trainer: pl.Trainer, state: JobState, step: int) -> None:

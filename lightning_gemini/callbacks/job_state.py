@@ -271,9 +271,9 @@ class JobState:
             lightning_state: Lightning's checkpoint dictionary, without weights and optimizer states.
             extra: What else must travel: random state, the profile of the idle spans.
         """
-        stable, volatile = self.zero.capture()
+        read_stable, volatile = self.zero.capture()
         volatile = {**volatile, **extra, "lightning": lightning_state, "fit": self.fit}
-        return self._planner.draft(stable, volatile, self.zero.verify)
+        return self._planner.draft(read_stable, volatile)
 
     def _expected_bytes(self, lightning_state: dict[str, Any]) -> int:
         """The first version may lack the moments that the first step creates: two more copies of the weights."""

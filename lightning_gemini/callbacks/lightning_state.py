@@ -63,7 +63,9 @@ class _Loops:
         self._owners: list[dict[str, Any]] = []
         self._parts: list[tuple[dict[str, Any], str, Any]] = []
         self._loops: list[tuple[str, str, Any]] = []
-        self._progress: list[tuple[str, str, dict[str, Any]]] = []
+        self._progress: list[tuple[str, str, int]] = []
+        self._counters: list[dict[str, Any]] = []
+        self._nested: list[tuple[int, str, int]] = []
         for name in _LOOPS:
             self._look_through(name, getattr(trainer, name), "")
         self._sizes = list(map(len, self._owners))
@@ -83,8 +85,11 @@ class _Loops:
                 states[name][f"{prefix}state_dict"] = _loader_states(loop)
             else:
                 states[name][f"{prefix}state_dict"] = loop.on_save_checkpoint()
-        for name, key, values in self._progress:
-            states[name][key] = _counters(values)
+        copies = [*map(dict.copy, self._counters)]
+        for whole, key, part in self._nested:
+            copies[whole][key] = copies[part]
+        for name, key, place in self._progress:
+            states[name][key] = copies[place]
         return states
 
     def _look_through(self, name: str, loop: Any, prefix: str) -> None:
@@ -94,12 +99,23 @@ class _Loops:
         self._owners.append(vars(loop))
         for key, part in vars(loop).items():
             if isinstance(part, _BaseProgress):
-                self._progress.append((name, prefix + key, vars(part)))
+                self._progress.append((name, prefix + key, self._count(part)))
             elif isinstance(part, _Loop):
                 self._look_through(name, part, f"{prefix}{key}.")
             else:
                 continue
             self._parts.append((vars(loop), key, part))
+
+    def _count(self, progress: _BaseProgress) -> int:
+        """Notes what a progress holds: numbers, and progress of its parts. Returns its place among the counters."""
+        place, values = len(self._counters), vars(progress)
+        self._counters.append(values)
+        self._owners.append(values)
+        for key, part in values.items():
+            if isinstance(part, _BaseProgress):
+                self._parts.append((values, key, part))
+                self._nested.append((place, key, self._count(part)))
+        return place
 
 
 def _loader_states(loop: Any) -> dict[str, Any]:
@@ -111,15 +127,6 @@ def _loader_states(loop: Any) -> dict[str, Any]:
 
 
 _found: weakref.WeakKeyDictionary[pl.Trainer, _Loops] = weakref.WeakKeyDictionary()
-
-
-def _counters(values: dict[str, Any]) -> dict[str, Any]:
-    """A copy of what a progress holds: numbers, and progress of its parts."""
-    counters = values.copy()
-    for name, value in values.items():
-        if isinstance(value, _BaseProgress):
-            counters[name] = _counters(vars(value))
-    return counters
 
 
 class StateOnDemand(OrderedDict[str, Any]):

@@ -10,7 +10,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
-from lightning_gemini.callbacks.ranks import MinExchange, RankGroup
+from lightning_gemini.callbacks.ranks import RankGroup
 from lightning_gemini.core.consistency import BufferView, writable_buffer
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.shard import Draft
@@ -102,7 +102,7 @@ class VersionPublisher:
         self._snapshot: Snapshot | None = None
         self._failed = False
         self._voting = False
-        self._cast: SimpleQueue[MinExchange | Exception] = SimpleQueue()
+        self._outcomes: SimpleQueue[list[int] | Exception] = SimpleQueue()
         self._waited_for: VersionId | None = None
         self.patient = True
         self.votes, self.agreed = Votes(), Votes()
@@ -213,18 +213,18 @@ class VersionPublisher:
         return self._slab.buffers[index]
 
     def _vote(self) -> None:
-        """Tells the other ranks what is complete here; on the snapshot thread, while the optimizer takes its step."""
+        """Learns from all ranks what is complete; on the snapshot thread, while the optimizer takes its step."""
         try:
-            self._cast.put(self._group.start_min([self._complete_here(), *self.votes.cast()]))
+            self._outcomes.put(self._group.minimum([self._complete_here(), *self.votes.cast()]))
         except Exception as error:  # the training thread waits for this one, whatever happens
-            self._cast.put(error)
+            self._outcomes.put(error)
 
     def _outcome_of_vote(self) -> list[int]:
-        cast = self._cast.get()
+        outcome = self._outcomes.get()
         self._voting = False
-        if isinstance(cast, Exception):
-            raise cast
-        return cast.wait()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _complete_here(self) -> int:
         """This rank's newest version if it is complete on all holders, waiting for it a little where it must be."""

@@ -57,27 +57,16 @@ class RankGroup:
         """Rank 0's value on every rank."""
         return self.gather(value)[0]
 
-    def start_min(self, values: list[int]) -> MinExchange:
-        """Begin an element-wise minimum over all ranks; does not wait."""
+    def minimum(self, values: list[int]) -> list[int]:
+        """The element-wise minimum over all ranks; waits for every one of them."""
         tensor = torch.tensor(values, dtype=torch.int64)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment]
-        # The group's own method: on the training thread, and in a third of the time of `dist.all_reduce`.
-        return MinExchange(tensor, self._group.allreduce([tensor], options))
+        # The group's own method: a third of the time of `dist.all_reduce`, and no profiler takes it for training's.
+        self._group.allreduce([tensor], options).wait()
+        found: list[int] = tensor.tolist()
+        return found
 
     def barrier(self) -> None:
         """Wait for every rank."""
-        self.start_min([0]).wait()
-
-
-class MinExchange:
-    """A minimum over all ranks that is under way."""
-
-    def __init__(self, tensor: torch.Tensor, work: Any) -> None:
-        self._tensor, self._work = tensor, work
-
-    def wait(self) -> list[int]:
-        """The minima, once every rank has taken part."""
-        self._work.wait()
-        values: list[int] = self._tensor.tolist()
-        return values
+        self.minimum([0])

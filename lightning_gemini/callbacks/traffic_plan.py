@@ -19,7 +19,7 @@ __all__ = ["Plan", "Planner", "figures", "sentence"]
 log = logging.getLogger(__name__)
 
 _MOST_ITERATIONS = 1000
-_CHUNK_S = 0.004
+_CHUNK_S = 0.008
 _LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 16 << 10, 32 << 20
 
 
@@ -91,6 +91,7 @@ class Planner:
             one_chunk=cut.one_chunk,
             iteration_s=plan.profile.iteration_s,
             lead=(1 / self._config.safety - 1) / 2,  # what is not used lies half before and half behind
+            periods_s=plan.profile.periods_s,
         )
         page.set_pace(Pace.PACED)
 

@@ -2,11 +2,13 @@
 
 An iteration that issues n collectives has n + 1 idle spans. Span i lies between the end of all collectives before
 number i and the start of number i; the last one ends with the iteration. Collectives that overlap leave a span of
-length 0 between them, so that spans of two iterations of the same shape correspond by their index.
+length 0 between them, so that spans of two iterations of the same shape correspond by their index. A span's period is
+the time from its beginning to that of the next one: it, and the collective behind it.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -64,12 +66,18 @@ class IterationTrace:
 
     def idle_spans_s(self) -> tuple[float, ...]:
         """Returns the length of every idle span, one more than there are collectives."""
-        spans = []
-        busy_until = self.began_s
-        for collective in self.collectives:
-            spans.append(max(0.0, collective.start_s - busy_until))
-            busy_until = max(busy_until, collective.end_s)
-        return (*spans, max(0.0, self.ended_s - busy_until))
+        ends_s = (*(collective.start_s for collective in self.collectives), self.ended_s)
+        return tuple(max(0.0, end_s - begin_s) for begin_s, end_s in zip(self._begins_s(), ends_s, strict=True))
+
+    def periods_s(self) -> tuple[float, ...]:
+        """Returns the time from every idle span's beginning to that of the next; the last one's ends the iteration."""
+        begins_s = self._begins_s()
+        ends_s = (*begins_s[1:], self.ended_s)
+        return tuple(max(0.0, end_s - begin_s) for begin_s, end_s in zip(begins_s, ends_s, strict=True))
+
+    def _begins_s(self) -> tuple[float, ...]:
+        """When every span begins: all collectives before it are over."""
+        return tuple(itertools.accumulate((one.end_s for one in self.collectives), max, initial=self.began_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +103,7 @@ class IdleProfile:
         deadline: As in `IterationTrace`.
         iteration_s: Mean duration of an iteration.
         iterations: How many were averaged.
+        periods_s: Mean time from every span's beginning to that of the next; empty where that is not known.
     """
 
     shape: Shape
@@ -102,6 +111,7 @@ class IdleProfile:
     deadline: int
     iteration_s: float
     iterations: int
+    periods_s: tuple[float, ...] = ()
 
     @property
     def means_s(self) -> tuple[float, ...]:
@@ -143,6 +153,7 @@ def average(traces: Sequence[IterationTrace]) -> IdleProfile:
         deadline=first.deadline,
         iteration_s=statistics.fmean(trace.duration_s for trace in traces),
         iterations=len(traces),
+        periods_s=tuple(map(statistics.fmean, zip(*(trace.periods_s() for trace in traces), strict=True))),
     )
 
 

@@ -17,7 +17,7 @@ Layout in words (little-endian u64)::
     8   peak: the most bytes that were in flight
     9   sent: bytes of the version under way that were handed to the network
     16  plan: sequence, spans, bandwidth, startup, chunk, window, one chunk a span, iteration, checksum
-    32  the usable length of every span in µs, two in a word
+    32  the usable length of every span in µs, two in a word; behind them the period of every span likewise
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import xxhash
 
 from lightning_gemini.errors import ConfigurationError
 
-WORDS = 3584
+WORDS = 7680
 PACE_WORD, RUSH_WORD, SPAN_WORD, BEGAN_WORD, HELD_WORD = range(5)
 PEAK_WORD, SENT_WORD = 8, 9  # in a cache line of their own: the agent writes them
 MAX_SPANS = 7000
@@ -85,6 +85,7 @@ class Plan:
         one_chunk: Whether a span carries a single piece, of any size (the window and the chunk do not bind it).
         iteration_ns: How long an iteration takes; 0 where that is not known.
         lead_ppm: What is left alone at a span's start, in millionths of what may be used of it.
+        period_ns: From every span's beginning to that of the next one; 0 where that is not known.
     """
 
     usable_ns: tuple[int, ...]
@@ -95,6 +96,7 @@ class Plan:
     one_chunk: bool
     iteration_ns: int
     lead_ppm: int = 0
+    period_ns: tuple[int, ...] = ()
 
 
 class PacePage:
@@ -152,6 +154,7 @@ class PacePage:
         one_chunk: bool = False,
         iteration_s: float = 0.0,
         lead: float = 0.0,
+        periods_s: Sequence[float] = (),
     ) -> None:
         """What a span of each index has room for.
 
@@ -165,9 +168,12 @@ class PacePage:
             iteration_s: How long an iteration takes: how patient a reader is with a span that does not change.
             lead: What is left alone at a span's start, as a part of what may be used of it: a collective ends on one
                 rank sooner than on another, whose link is still in use.
+            periods_s: Seconds from each span's beginning to that of the next one, so that a sender need not look before
+                something may go; empty where that is not known.
 
         Raises:
             ConfigurationError: More than ``MAX_SPANS`` spans, or a number that is none.
+            ValueError: Periods of other spans.
         """
         if len(usable_s) > MAX_SPANS:
             raise ConfigurationError(
@@ -179,7 +185,11 @@ class PacePage:
                 "a plan needs a bandwidth of at least 1 byte/s and 1 <= chunk <= window bytes, got "
                 f"{bandwidth_bytes_per_s} bytes/s, chunk {chunk_bytes}, window {window_bytes}"
             )
-        table = struct.pack(f"<{len(usable_s)}I", *(_whole(length, 1e6, _LONGEST_US) for length in usable_s))
+        periods_s = periods_s or [0.0] * len(usable_s)
+        if len(periods_s) != len(usable_s):
+            raise ValueError(f"a plan of {len(usable_s)} spans needs as many periods or none, got {len(periods_s)}")
+        lengths_us = [_whole(length, 1e6, _LONGEST_US) for length in (*usable_s, *periods_s)]
+        table = struct.pack(f"<{len(lengths_us)}I", *lengths_us)
         numbers = (
             len(usable_s),
             int(bandwidth_bytes_per_s),
@@ -274,14 +284,16 @@ class PacePage:
 
     def _read_plan(self) -> Plan | None:
         numbers = bytes(self._bytes[_PLAN_BYTES])
-        count, bandwidth, startup_ns, chunk_bytes, window_bytes, one_chunk, *others = _PLAN.unpack(numbers)
+        count, bandwidth, startup_ns, chunk_bytes, window_bytes, one_chunk, iteration_ns, lead = _PLAN.unpack(numbers)
         if count > MAX_SPANS:
             return None
-        table = bytes(self._bytes[_TABLE_BYTE : _TABLE_BYTE + 4 * count])
+        table = bytes(self._bytes[_TABLE_BYTE : _TABLE_BYTE + 2 * 4 * count])
         if self.words[_CHECKSUM] != _checksum(numbers, table):
             return None
-        usable_ns = tuple(1000 * length for length in struct.unpack(f"<{count}I", table))
-        return Plan(usable_ns, bandwidth, startup_ns, chunk_bytes, window_bytes, bool(one_chunk), *others)
+        lengths_ns = tuple(1000 * length for length in struct.unpack(f"<{2 * count}I", table))
+        usable_ns, period_ns = lengths_ns[:count], lengths_ns[count:]
+        sizes = chunk_bytes, window_bytes, bool(one_chunk)
+        return Plan(usable_ns, bandwidth, startup_ns, *sizes, iteration_ns, lead, period_ns)
 
     @staticmethod
     def encode_span(index: int, is_open: bool, turn: int = 0) -> int:

@@ -19,6 +19,8 @@ _AHEAD_NS = 10_000_000  # how much the kernel may hold of what is on its way, in
 _LEAST_AHEAD_BYTES = 128 * 1024
 _POLL_S, _LONGEST_POLL_S = 0.0005, 0.004
 _POLLS_A_SPAN = 20
+_LONGEST_SLEEP_S = 0.016  # or a rush and a change of pace would be noticed late
+_SLEPT_PARTS = 7, 8  # of the time till the next span: some come sooner than they do on average
 
 
 @dataclass(slots=True)
@@ -27,6 +29,7 @@ class _Permit:
 
     in_flight_bytes: int = 0
     conditions: tuple[int, bool, int] = 0, False, 0
+    from_ns: int = 0
     until_ns: int = 0
     ahead_bytes: int = UNLIMITED
 
@@ -50,6 +53,7 @@ class Pacer:
         self._served = False
         self._plan: Plan | None = None
         self._grace_ns, self._poll_s = _PATIENCE_NS, _POLL_S
+        self._gaps_ns: tuple[int, ...] = ()
         self._unreadable_since_ns: int | None = None
 
     def allowance(self, left_bytes: int, in_flight_bytes: int, link: int = 0) -> int:
@@ -90,13 +94,21 @@ class Pacer:
     def pause_s(self, in_flight_bytes: int, link: int = 0) -> float:
         """How long to wait before asking again: every look costs time, and training may need the processor.
 
-        Inside a span until a third of what is in flight has arrived, outside a small part of what spans last.
+        Inside a span until a third of what is in flight has arrived, outside until shortly before the next span that
+        can carry something; from then on, and where nobody knows when that is, a small part of what spans last.
         """
-        permit, plan = self._permits.get(link), self._plan
-        if permit is None or plan is None or self._now_ns() >= permit.until_ns:
+        permit, plan, page = self._permits.get(link), self._plan, self.page
+        if permit is None or plan is None:
             return self._poll_s
-        third_s = in_flight_bytes / 3 / plan.bandwidth_bytes_per_s
-        return min(max(third_s, _POLL_S), _LONGEST_POLL_S)
+        now_ns, (word, began_ns) = self._now_ns(), page.marks()
+        fresh = word & 1 and word != permit.conditions[2]  # it opened since the last question
+        served = plan.one_chunk and self._served and not in_flight_bytes
+        if word & 1 and not fresh and not served and now_ns < permit.until_ns:
+            third_s = in_flight_bytes / 3 / plan.bandwidth_bytes_per_s
+            return min(max(third_s, (permit.from_ns - now_ns) / 1e9, _POLL_S), _LONGEST_SLEEP_S)
+        if fresh or page.rushing or page.pace is not Pace.PACED:
+            return self._poll_s
+        return min(max(self._sleep_ns(now_ns, word, began_ns) / 1e9, self._poll_s), _LONGEST_SLEEP_S)
 
     def is_shut(self) -> bool:
         """Whether nothing may go now: an answer for less than :meth:`allowance` takes, which is asked now and then."""
@@ -129,10 +141,10 @@ class Pacer:
             return left_bytes
         if not word & 1 or not began_ns:
             return 0
-        index = word >> 1 & 0x7FFFFFFF
+        index = _index(word)
         usable_ns = plan.usable_ns[index] if index < len(plan.usable_ns) else 0
         began_ns = min(began_ns, now_ns) + usable_ns * plan.lead_ppm // 10**6  # a damaged clock gains nothing
-        permit.until_ns = began_ns + usable_ns
+        permit.from_ns, permit.until_ns = began_ns, began_ns + usable_ns
         if now_ns < began_ns:
             return 0
         permit.ahead_bytes = max(_LEAST_AHEAD_BYTES, plan.bandwidth_bytes_per_s * _AHEAD_NS // 10**9)
@@ -149,6 +161,14 @@ class Pacer:
             if in_flight_bytes + size > plan.window_bytes or (alone and in_flight_bytes):
                 return 0
         return size if size >= min(left_bytes, _SMALLEST_BYTES, plan.chunk_bytes) else 0
+
+    def _sleep_ns(self, now_ns: int, word: int, began_ns: int) -> int:
+        """How long no span is to be expected; 0 or less where one is, and where nobody knows."""
+        index, gaps_ns = _index(word), self._gaps_ns
+        if not began_ns or index >= len(gaps_ns):
+            return 0
+        part, of = _SLEPT_PARTS
+        return began_ns + gaps_ns[index] * part // of - now_ns
 
     def _watch(self, now_ns: int, word: int, began_ns: int) -> int:
         """Notes whether the span changed; returns when it began, 0 where nobody can know."""
@@ -170,13 +190,30 @@ class Pacer:
         if found is not self._plan:
             self._plan = found
             self._grace_ns = _PATIENCE_NS + 2 * max(found.iteration_ns, sum(found.usable_ns))
-            self._poll_s = _poll_s(found)
+            self._poll_s, self._gaps_ns = _poll_s(found), _gaps_ns(found)
         return found
 
     def _unreadable_for(self, now_ns: int) -> int:
         if self._unreadable_since_ns is None:
             self._unreadable_since_ns = now_ns
         return now_ns - self._unreadable_since_ns
+
+
+def _index(word: int) -> int:
+    return word >> 1 & 0x7FFFFFFF
+
+
+def _gaps_ns(plan: Plan) -> tuple[int, ...]:
+    """From every span's beginning to that of the next one that can carry something; the first follows the last."""
+    smallest = min(_SMALLEST_BYTES, plan.chunk_bytes)
+    least_ns = max(1, plan.startup_ns + smallest * 10**9 // plan.bandwidth_bytes_per_s)
+    gaps_ns, gap_ns = [0] * len(plan.period_ns), 0
+    for index in 2 * [*reversed(range(len(gaps_ns)))]:
+        gap_ns += plan.period_ns[index]
+        gaps_ns[index] = gap_ns
+        if plan.usable_ns[index] >= least_ns:
+            gap_ns = 0
+    return tuple(gaps_ns)
 
 
 def _poll_s(plan: Plan) -> float:

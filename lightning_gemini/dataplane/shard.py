@@ -80,21 +80,21 @@ class Planner:
         self._stable: list[_Placed] = []
         self._volatile: list[_Placed] = []
 
-    def draft(self, stable: Any, volatile: Any, verify: Callable[[], None] | None = None) -> Draft:
+    def draft(self, read_stable: Callable[[], Any], volatile: Any) -> Draft:
         """Take what may change at once; the rest of the work is left to another thread, see :meth:`Draft.finish`.
 
         Args:
-            stable: Nested state that does not change before the next optimizer step. Of its tensors, large ones and
-                those on a device are referenced, not copied.
+            read_stable: Returns nested state that does not change before the next optimizer step. Of its tensors,
+                large ones and those on a device are referenced, not copied. Called by :meth:`Draft.finish`; it raises
+                where the state cannot be told any more.
             volatile: Nested state that may change at once; its tensors are copied here, on the calling thread.
-            verify: Called by :meth:`Draft.finish`; raises where the state turns out to be another one.
 
         Returns:
-            The shard of ``{"stable": stable, "volatile": volatile}`` in the making.
+            The shard of ``{"stable": read_stable(), "volatile": volatile}`` in the making.
         """
         layout = Layout()
         blob, self._volatile = _pickle(volatile, layout, self._volatile, copy=True)
-        return Draft(self, stable, blob, layout, verify)
+        return Draft(self, read_stable, blob, layout)
 
     def place_stable(self, stable: Any, layout: Layout) -> bytes:
         """The second half of it."""
@@ -105,24 +105,20 @@ class Planner:
 class Draft:
     """A shard whose volatile state is taken; made by :meth:`Planner.draft`, finished once."""
 
-    def __init__(
-        self, planner: Planner, stable: Any, volatile: bytes, layout: Layout, verify: Callable[[], None] | None
-    ) -> None:
-        self._planner, self._stable, self._volatile = planner, stable, volatile
-        self._layout, self._verify = layout, verify
+    def __init__(self, planner: Planner, read_stable: Callable[[], Any], volatile: bytes, layout: Layout) -> None:
+        self._planner, self._read_stable = planner, read_stable
+        self._volatile, self._layout = volatile, layout
 
     def finish(self) -> Layout:
         """Plan the rest, before the next optimizer step and before the planner's next draft; on any thread."""
-        if self._verify is not None:
-            self._verify()
         layout = self._layout
-        layout.blob = b"".join((_MAGIC, self._planner.place_stable(self._stable, layout), self._volatile))
+        layout.blob = b"".join((_MAGIC, self._planner.place_stable(self._read_stable(), layout), self._volatile))
         return layout
 
 
 def lay_out(stable: Any, volatile: Any) -> Layout:
     """Plan a single shard, all at once; see :meth:`Planner.draft`."""
-    return Planner().draft(stable, volatile).finish()
+    return Planner().draft(lambda: stable, volatile).finish()
 
 
 def read(data: memoryview, device: torch.device | None = None) -> tuple[Any, Any]:

@@ -8,7 +8,7 @@ Layout of a buffer (all words little-endian u64)::
     0        header words (see :mod:`~lightning_gemini.dataplane.header`)
     4096     one xxh3-64 checksum a chunk, 4096 slots
     36864    in a slab's first buffer: the owner's :mod:`~lightning_gemini.dataplane.pace_page`
-    65536    the shard's bytes
+    98304    the shard's bytes
 
 One process writes a buffer at a time: the worker for its own shard, the agent for a replica. Readers trust nothing but
 checksums.
@@ -32,7 +32,7 @@ from lightning_gemini.errors import CapacityError, IntegrityError
 
 __all__ = ["CHUNK_SLOTS", "HEADER_BYTES", "Buffer", "BufferState", "Slab", "chunk_bytes_for"]
 
-HEADER_BYTES = 64 * 1024
+HEADER_BYTES = 96 * 1024
 MIN_CHUNK_BYTES = 1 << 20
 _TABLE_OFFSET = 4096
 _PACE_OFFSET = _TABLE_OFFSET + 8 * CHUNK_SLOTS

@@ -7,7 +7,9 @@ persistent tier is an ordinary DeepSpeed checkpoint and restoring goes through D
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,12 +19,10 @@ from lightning_gemini.errors import ConfigurationError, LayoutMismatchError
 from lightning_gemini.strategies.module_state import ModuleState
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from deepspeed import DeepSpeedEngine
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
-_FIXED = "zero_stage", "param_slice_mappings", "loss_scaler"  # of the optimizer's state: pickled when they change
+_FIXED = "zero_stage", "param_slice_mappings"  # of the optimizer's state: pickled when they change
 _PACKED = " packed"  # beside names, none of which has a space
 
 
@@ -51,6 +51,20 @@ def require_supported(config: dict[str, Any]) -> None:
 def _device(offload: Any) -> str:
     device = offload.get("device") if isinstance(offload, dict) else None
     return str(getattr(device, "value", device))
+
+
+class _OptimizerNumbers(NamedTuple):
+    """What of an optimizer's state may change while the rest of it stays.
+
+    Attributes:
+        groups: Its parameter groups: a user's hook may set a learning rate at any time.
+        overflow: Whether the last step was skipped; known again before the next is taken.
+        loss_scaler: Pickled; changes along with it.
+    """
+
+    groups: list[dict[str, Any]]
+    overflow: bool
+    loss_scaler: bytes
 
 
 class ZeroState:
@@ -94,40 +108,48 @@ class ZeroState:
         """Whether no gradients are half accumulated."""
         return int(self._engine.micro_steps) % int(self._engine.gradient_accumulation_steps()) == 0
 
-    def capture(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    def capture(self) -> tuple[Callable[[], dict[str, Any]], dict[str, Any]]:
         """References to everything that this rank would write to disk.
 
         Returns:
-            State that stays unchanged until the next optimizer step, and state that a forward pass may change.
+            What reads the state that only an optimizer step changes, before the next one and on any thread; it raises
+            StateChangedError if the model has changed since the capture before, and the next capture holds all again.
+            And state that a forward pass may change, as it is now.
         """
         engine = self._engine
         parameters, others = self._module.read()
-        stable = {
-            "optimizer": self._optimizer_state(),
-            "parameters": self._written(parameters),
-            "frozen": self._frozen_fragments() if self.partitioned else None,
-            "constant": self._constant,
-        }
         volatile = {
             "buffers": others,
             "counters": {name: getattr(engine, name) for name in _COUNTERS},
             "module_order": self._module.order,
         }
-        return stable, volatile
+        return partial(self._read_stable, parameters, self._optimizer_numbers()), volatile
 
-    def verify(self) -> None:
-        """Check that the last :meth:`capture` holds all of the state; before the next optimizer step, on any thread.
-
-        Raises:
-            StateChangedError: The model has changed since the one before. The next :meth:`capture` holds all again.
-        """
+    def _read_stable(self, parameters: Mapping[str, torch.Tensor], numbers: _OptimizerNumbers) -> dict[str, Any]:
         self._module.verify()
+        return {
+            "optimizer": self._optimizer_state(numbers),
+            "parameters": self._written(parameters),
+            "frozen": self._frozen_fragments() if self.partitioned else None,
+            "constant": self._constant,
+        }
 
-    def _optimizer_state(self) -> dict[str, Any]:
+    def _optimizer_numbers(self) -> _OptimizerNumbers:
+        """What of the optimizer's state may change before it takes its next step, as it is now."""
+        optimizer = self._engine.optimizer
+        scaler = self._fixed_part("loss_scaler", optimizer.loss_scaler)
+        return _OptimizerNumbers([*map(dict.copy, self.base_optimizer.param_groups)], optimizer.overflow, scaler)
+
+    def _optimizer_state(self, numbers: _OptimizerNumbers) -> dict[str, Any]:
         state: dict[str, Any] = self._engine.optimizer.state_dict()
-        # The loss scaler may change before the optimizer steps, when the rest is not read yet.
-        state[_PACKED] = {name: self._fixed_part(name, state.pop(name)) for name in _FIXED if name in state}
-        return state
+        base = next(part for part in state.values() if isinstance(part, dict) and "param_groups" in part)
+        for group, then in zip(base["param_groups"], numbers.groups, strict=True):
+            group.update((name, value) for name, value in then.items() if name != "params")
+        state["overflow"] = numbers.overflow
+        packed = {name: self._fixed_part(name, state[name]) for name in _FIXED if name in state}
+        packed["loss_scaler"] = numbers.loss_scaler
+        state[_PACKED] = packed
+        return {name: value for name, value in state.items() if name not in packed}
 
     def _fixed_part(self, name: str, part: Any) -> bytes:
         values = _values(part)

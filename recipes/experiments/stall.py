@@ -47,6 +47,7 @@ from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.callbacks.traffic import TrafficScheduler
 from lightning_gemini.dataplane import shard
 from lightning_gemini.dataplane.profiler import Profiler
+from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter
 from lightning_gemini.strategies.zero_state import ZeroState
 
@@ -54,7 +55,6 @@ BLOCK, SETTLING, WARM_UP = 8, 2, 6
 NONE = "none"
 TOTAL = (
     (GeminiCheckpoint, "on_train_batch_start"),
-    (GeminiCheckpoint, "on_train_batch_end"),
     (VersionPublisher, "before_step"),
     (Profiler, "step_began"),
     (PositionTracker, "begin_fetch"),
@@ -69,7 +69,7 @@ PARTS = {
     "beginning of the copy": (Snapshotter, "begin"),
     "before the step": (VersionPublisher, "before_step"),
     "of it, until the state is read": (Snapshot, "wait_until_read"),
-    "progress": (GeminiCheckpoint, "on_train_batch_end"),
+    "progress": (Buffer, "report_progress"),
     "position in the data": (PositionTracker, "begin_fetch"),
 }
 WAIT = "waiting for the vote"

@@ -19,12 +19,8 @@ from lightning_gemini.dataplane.snapshot import Snapshotter
 class Alone:
     """The collectives of a job with one rank."""
 
-    def start_min(self, values: list[int]) -> Alone:
-        self._values = values
-        return self
-
-    def wait(self) -> list[int]:
-        return self._values
+    def minimum(self, values: list[int]) -> list[int]:
+        return values
 
 
 @pytest.fixture
@@ -44,7 +40,7 @@ def publisher(slab: Slab) -> Iterator[VersionPublisher]:
 
 
 def publish(publisher: VersionPublisher, step: int) -> None:
-    publisher.publish(step, shard.Planner().draft({"weights": torch.ones(1000)}, {"step": step}), 0.0)
+    publisher.publish(step, shard.Planner().draft(lambda: {"weights": torch.ones(1000)}, {"step": step}), 0.0)
     assert publisher._snapshot is not None
     assert publisher._snapshot.wait(30.0)
 

@@ -209,6 +209,7 @@ def test_what_is_not_paced_goes_at_once(slab: Slab, scheme: str) -> None:
     assert found is not None
     assert found.one_chunk
     assert found.usable_ns == pytest.approx((80e6, 160e6, 0), abs=1000)
+    assert found.period_ns == pytest.approx((200e6, 300e6, 0), abs=1000)
 
 
 def test_none_takes_no_version(slab: Slab) -> None:

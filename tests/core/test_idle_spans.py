@@ -32,6 +32,23 @@ def test_a_span_ends_where_the_next_collective_starts(iteration: IterationTrace,
     assert iteration.idle_spans_s() == spans_s
 
 
+@pytest.mark.parametrize(
+    ("iteration", "periods_s"),
+    [
+        (trace(), (10.0,)),
+        (trace((1, 3), (6, 9)), (3, 6, 1)),
+        (trace((1, 5), (2, 3), (7, 8)), (5, 0, 3, 2)),
+        (trace((1, 5), (4, 6)), (5, 1, 4)),
+        (trace((1, 5), (3, 12)), (5, 7, 0)),
+        (trace((101, 102), began_s=100.0, ended_s=104.0), (2, 2)),
+    ],
+)
+def test_a_period_lasts_from_the_beginning_of_a_span_to_that_of_the_next(
+    iteration: IterationTrace, periods_s: tuple[float, ...]
+) -> None:
+    assert iteration.periods_s() == periods_s
+
+
 @given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 20)), max_size=10), st.integers(0, 30))
 def test_idle_and_busy_time_make_up_the_iteration(lengths: list[tuple[int, int]], after: int) -> None:
     """Checked on a grid of whole seconds: a second is idle if no collective covers it."""
@@ -42,6 +59,7 @@ def test_idle_and_busy_time_make_up_the_iteration(lengths: list[tuple[int, int]]
     iteration = trace(*times, ended_s=ended)
     assert sum(iteration.idle_spans_s()) == ended - len(covered)
     assert len(iteration.idle_spans_s()) == len(times) + 1
+    assert sum(iteration.periods_s()) == ended
 
 
 def test_the_shape_is_names_and_bytes_in_order() -> None:
@@ -53,6 +71,7 @@ def test_an_average_has_mean_and_spread_of_every_span() -> None:
     profile = average([trace((1, 3)), trace((2, 3), ended_s=9), trace((6, 7), began_s=3, ended_s=14)])
     assert profile.shape == (("all_gather", 8),)
     assert profile.means_s == (2.0, 20 / 3)
+    assert profile.periods_s == (10 / 3, 20 / 3)
     assert [span.std_s for span in profile.spans] == [1.0, pytest.approx(statistics.stdev([7, 6, 7]))]
     assert profile.idle_s == pytest.approx(2 + 20 / 3)
     assert profile.spread == pytest.approx((1 + statistics.stdev([7, 6, 7])) / (2 + 20 / 3))

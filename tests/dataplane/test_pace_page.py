@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import time
@@ -24,7 +25,7 @@ def two_sides() -> tuple[PacePage, PacePage]:
     return PacePage(words), PacePage(words)
 
 
-def plan(page: PacePage, usable_s: tuple[float, ...] = (0.5, 0.25), **fields: float | bool) -> None:
+def plan(page: PacePage, usable_s: tuple[float, ...] = (0.5, 0.25), **fields: float | bool | tuple[float, ...]) -> None:
     given = {"bandwidth_bytes_per_s": 1e9, "startup_s": 1e-4, "chunk_bytes": 1000, "window_bytes": 4000, **fields}
     page.set_plan(usable_s, **given)  # type: ignore[arg-type]
 
@@ -43,8 +44,12 @@ def test_what_the_worker_says_is_what_the_agent_reads() -> None:
         worker.rush(on)
         worker.hold(on)
         assert (agent.pace, agent.rushing, agent.held) == (Pace.PACED if on else Pace.FREE, on, on)
+    plan(worker, one_chunk=True, iteration_s=2.0, lead=0.125, periods_s=(1.25, 0.75))
+    lengths_ns, periods_ns = (500_000_000, 250_000_000), (1_250_000_000, 750_000_000)
+    expected = Plan(lengths_ns, 10**9, 100_000, 1000, 4000, True, 2 * 10**9, 125_000, periods_ns)
+    assert agent.plan() == expected
     plan(worker, one_chunk=True, iteration_s=2.0, lead=0.125)
-    assert agent.plan() == Plan((500_000_000, 250_000_000), 10**9, 100_000, 1000, 4000, True, 2 * 10**9, 125_000)
+    assert agent.plan() == dataclasses.replace(expected, period_ns=(0, 0))
 
 
 def test_a_worker_that_left_steers_no_more() -> None:
@@ -158,10 +163,10 @@ def test_any_plan_is_read_as_it_was_written(usable_s: list[float], numbers: tupl
 
 def test_the_longest_plan_fits_and_a_longer_one_is_refused() -> None:
     worker, agent = two_sides()
-    plan(worker, (1.0,) * MAX_SPANS)
+    plan(worker, (1.0,) * MAX_SPANS, periods_s=(2.0,) * MAX_SPANS)
     found = agent.plan()
     assert found is not None
-    assert found.usable_ns == (10**9,) * MAX_SPANS
+    assert (found.usable_ns, found.period_ns) == ((10**9,) * MAX_SPANS, (2 * 10**9,) * MAX_SPANS)
     with pytest.raises(ConfigurationError, match=f"at most {MAX_SPANS} spans, this iteration has {MAX_SPANS + 1}"):
         plan(worker, (1.0,) * (MAX_SPANS + 1))
     assert agent.plan() == found
@@ -178,12 +183,19 @@ def test_the_longest_plan_fits_and_a_longer_one_is_refused() -> None:
         {"startup_s": float("nan")},
         {"usable_s": (1.0, -1e-9)},
         {"usable_s": (float("nan"),)},
+        {"periods_s": (1.0, -1e-9)},
+        {"periods_s": (float("nan"), 1.0)},
     ],
     ids=str,
 )
 def test_numbers_that_are_none_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ConfigurationError, match="got"):
         plan(PacePage.private(), **fields)  # type: ignore[arg-type]
+
+
+def test_periods_are_of_the_spans() -> None:
+    with pytest.raises(ValueError, match="2 spans needs as many periods or none, got 1"):
+        plan(PacePage.private(), periods_s=(1.0,))
 
 
 def test_a_plan_is_not_read_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,9 +216,9 @@ def test_a_plan_is_not_read_while_it_is_written(monkeypatch: pytest.MonkeyPatch)
 
 def test_no_flipped_bit_makes_another_plan() -> None:
     worker, agent = two_sides()
-    plan(worker)
+    plan(worker, periods_s=(0.75, 0.5))
     whole = agent.plan()
-    for place in range(8 * pace_page._SEQUENCE, pace_page._TABLE_BYTE + 8):
+    for place in range(8 * pace_page._SEQUENCE, pace_page._TABLE_BYTE + 16):
         for bit in range(8):
             worker._bytes[place] ^= 1 << bit
             assert PacePage(worker.words).plan() in (whole, None)

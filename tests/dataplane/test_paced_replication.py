@@ -152,6 +152,36 @@ def test_a_rush_sends_the_rest_at_once_from_the_middle_of_a_chunk(start: Start, 
     assert page.sent == size
 
 
+def test_who_sleeps_till_the_next_span_hears_of_a_rush_and_of_a_span_before_its_time(
+    start: Start, asked: Asked, size: int
+) -> None:
+    sender, holder = start(2)
+    page = sender.slab(0).pace
+    page.set_plan(
+        [1000.0] * 2,
+        bandwidth_bytes_per_s=1e9,
+        startup_s=0.0,
+        chunk_bytes=PIECE,
+        window_bytes=PIECE,
+        periods_s=[2000.0] * 2,
+    )
+    page.set_pace(Pace.PACED)
+    page.open_span(0)
+    page.close_span()
+    buffer = publish(sender, 0, v(1), size)
+    asked.wait_for_refusals(3)
+    assert page.sent == 0
+    page.open_span(1)
+    wait_until(lambda: page.sent > PIECE, "pieces leave")
+    page.close_span()
+    asked.wait_for_refusals(3)
+    assert buffer.acked is None
+    page.rush(True)
+    wait_until(lambda: buffer.acked == v(1), "acknowledged")
+    assert_held(holder, 0, v(1), size)
+    assert not asked.sent_in_closed_spans
+
+
 def test_a_large_piece_stops_where_its_span_does(
     start: Start, asked: Asked, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

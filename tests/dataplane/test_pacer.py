@@ -20,6 +20,7 @@ MS = 1_000_000
 POLL_NS = MS // 2
 RATE = 100_000_000  # bytes/s: 100 bytes a microsecond
 ALL = 10**9
+Field = float | bool | tuple[float, ...]
 
 
 @dataclass
@@ -34,7 +35,7 @@ class World:
     def __post_init__(self) -> None:
         self.pacer = Pacer(self.page, lambda: self.now_ns)
 
-    def plan(self, *usable_ms: float, chunk: int = 10**6, window: int = 4 * 10**6, **fields: float | bool) -> None:
+    def plan(self, *usable_ms: float, chunk: int = 10**6, window: int = 4 * 10**6, **fields: Field) -> None:
         given = {"bandwidth_bytes_per_s": RATE, "startup_s": 0.0, **fields}
         usable_s = [length / 1000 for length in usable_ms]
         self.page.set_plan(usable_s, chunk_bytes=chunk, window_bytes=window, **given)  # type: ignore[arg-type]
@@ -221,7 +222,7 @@ def test_inside_spans_a_third_of_what_is_in_flight_may_arrive_before_the_next_lo
     world.open(0)
     assert world.ask()
     waits = [world.pacer.pause_s(RATE * milliseconds // 1000) for milliseconds in (0, 3, 9, 100)]
-    assert waits == pytest.approx([0.0005, 0.001, 0.003, 0.004])
+    assert waits == pytest.approx([0.0005, 0.001, 0.003, 0.016])
 
 
 def test_what_a_short_look_calls_shut_a_long_one_refuses(world: World) -> None:
@@ -267,6 +268,158 @@ def test_a_span_that_nobody_saw_beginning_is_not_used(world: World) -> None:
         assert world.pacer.is_shut()
     device_opens(world, 0)
     assert world.ask() == 200_000
+
+
+# -- asleep till the next span -----------------------------------------------------------------------------------------
+
+
+def wait_ms(world: World, in_flight: int = 0) -> float:
+    return 1000 * world.pacer.pause_s(in_flight)
+
+
+def closed(world: World, index: int, *usable_ms: float, periods_s: tuple[float, ...], **fields: Field) -> None:
+    """A span of that index that has just opened and closed, with a sender that asked meanwhile."""
+    world.plan(*usable_ms, periods_s=periods_s, **fields)
+    world.open(index)
+    world.ask()
+    world.page.close_span()
+    assert world.ask() == 0
+
+
+def test_out_of_spans_a_sender_sleeps_most_of_the_time_till_the_next(world: World) -> None:
+    closed(world, 0, 10.0, 10.0, periods_s=(0.012, 0.064))
+    assert wait_ms(world) == pytest.approx(10.5)  # 7/8
+    world.pass_ms(4.0)
+    assert wait_ms(world) == pytest.approx(6.5)
+    for passed_ms in (6.4, 1.0, 2.0, 100.0):  # it may come any moment
+        world.pass_ms(passed_ms)
+        assert wait_ms(world) == pytest.approx(0.5)
+    closed(world, 1, 10.0, 10.0, periods_s=(0.012, 0.064))
+    for expected_ms in (16.0, 16.0, 16.0, 8.0, 0.5):  # the last span's is the time till the next iteration
+        assert wait_ms(world) == pytest.approx(expected_ms)
+        assert world.pacer.is_shut()
+        world.pass_ms(expected_ms)
+
+
+def test_a_span_that_is_used_up_is_slept_over(world: World) -> None:
+    world.plan(2.0, periods_s=(0.016,))
+    world.open(0)
+    assert world.ask()
+    assert wait_ms(world) == 0.5
+    world.pass_ms(2.0)
+    assert wait_ms(world) == pytest.approx(12.0)
+    world.open(0)
+    assert wait_ms(world) == 0.5  # before anybody asked what the new span carries
+    assert world.ask()
+    assert wait_ms(world, in_flight=RATE * 3 // 1000) == pytest.approx(1.0)
+
+
+def test_a_span_that_carries_one_piece_is_slept_over_when_that_has_arrived(world: World) -> None:
+    world.plan(4.0, chunk=100, window=100, one_chunk=True, periods_s=(0.016,))
+    world.open(0)
+    assert wait_ms(world) == 0.5
+    assert world.ask()
+    assert wait_ms(world, in_flight=RATE * 3 // 1000) == pytest.approx(1.0)
+    assert wait_ms(world) == pytest.approx(14.0)
+
+
+def test_the_part_of_a_span_that_is_left_alone_is_slept_over(world: World) -> None:
+    world.plan(20.0, lead=0.25)
+    world.open(0)
+    assert world.ask() == 0
+    assert wait_ms(world) == pytest.approx(4.0)
+    world.pass_ms(4.0)
+    assert wait_ms(world) == pytest.approx(1.0)
+    world.pass_ms(1.0)
+    assert world.ask()
+
+
+def test_spans_that_carry_nothing_are_slept_over(world: World) -> None:
+    # Number 1 is between collectives that overlap, number 2 too short for a piece, the last one for any after startup.
+    for index, expected_ms in ((0, 11.375), (1, 7.875), (2, 5.25), (3, 5.25), (4, 3.5)):
+        world = World()
+        closed(world, index, 1.0, 0.0, 0.03, 1.0, 0.1, periods_s=(0.004, 0.003, 0.006, 0.002, 0.004), startup_s=0.0001)
+        assert wait_ms(world) == pytest.approx(expected_ms)
+    closed(world, 0, 0.0, 0.0, periods_s=(0.5, 0.5))  # nothing anywhere
+    assert wait_ms(world) == 16.0
+
+
+def test_a_sender_sleeps_only_where_it_knows_since_when_and_till_when(world: World) -> None:
+    closed(world, 0, 10.0, periods_s=(0.016,))
+    assert wait_ms(world) == pytest.approx(14.0)
+    began_ns, world.page.span_words[1] = world.page.span_words[1], 0  # as a device says it
+    assert wait_ms(world) == 0.5
+    world.page.span_words[1] = began_ns
+    for write in (world.page.rush, lambda on: world.page.set_pace(Pace.FREE if on else Pace.PACED)):
+        write(True)
+        assert wait_ms(world) == 0.5
+        write(False)
+        assert wait_ms(world) == pytest.approx(14.0)
+    closed(world, 1, 10.0, periods_s=(0.016,))  # no span of the plan
+    assert wait_ms(world) == 0.5
+    closed(world, 0, 10.0, periods_s=())
+    assert wait_ms(world) == 0.5
+
+
+def test_a_damaged_table_is_no_plan_and_nobody_sleeps(world: World) -> None:
+    world.plan(10.0, periods_s=(0.016,))
+    world.page._bytes[8 * 32 + 4] ^= 1  # of the period
+    world.open(0)
+    world.page.close_span()
+    assert world.page.plan() is None
+    assert world.ask() == 0
+    assert wait_ms(world) == 0.5
+
+
+def test_who_slept_till_a_span_was_open_did_not_see_it_begin(world: World) -> None:
+    closed(world, 0, 2.0, 2.0, periods_s=(0.016, 0.016))
+    assert world.pacer.is_shut()
+    world.pass_ms(wait_ms(world))
+    device_opens(world, 1)
+    assert world.ask() == 0
+
+
+def looks(world: World, spans_ms: list[tuple[int, int]], speed: float) -> list[int]:
+    """Two iterations of spans and collectives of these lengths over ``speed``; returns when the sender looked."""
+    times_ns, then_ns = [], world.now_ns
+    for index, (idle, busy) in [*enumerate(spans_ms)] * 2:
+        for is_open, length in ((True, idle), (False, busy)):
+            world.now_ns, again_ns = then_ns, world.now_ns
+            world.open(index) if is_open else world.page.close_span()
+            world.now_ns, then_ns = max(then_ns, again_ns), then_ns + int(length * MS / speed)
+            while world.now_ns < then_ns:
+                times_ns.append(world.now_ns)
+                world.ask()
+                world.now_ns += int(world.pacer.pause_s(0) * 1e9)
+    return times_ns
+
+
+span_and_collective_ms = st.tuples(st.sampled_from([0, 0, 1, 5, 60]), st.integers(1, 60))
+
+
+@given(spans_ms=st.lists(span_and_collective_ms, min_size=1, max_size=6), speed=st.floats(0.5, 1.1))
+def test_a_sleeper_is_awake_when_a_span_begins(spans_ms: list[tuple[int, int]], speed: float) -> None:
+    world = World()
+    periods_s = tuple((idle + busy) / 1000 for idle, busy in spans_ms)
+    world.plan(*(0.8 * idle for idle, _ in spans_ms), periods_s=periods_s)
+    begin_ns = world.now_ns
+    times_ns = looks(world, spans_ms, speed)
+    poll_ns = int(world.pacer._poll_s * 1e9)
+    for idle, busy in 2 * spans_ms:
+        if idle:
+            assert min(time_ns for time_ns in times_ns if time_ns >= begin_ns) - begin_ns <= poll_ns
+        begin_ns += int(idle * MS / speed) + int(busy * MS / speed)
+
+
+def test_who_knows_the_periods_looks_a_quarter_as_often() -> None:
+    """Ten spans an iteration, each used up at half its length, before collectives three times as long."""
+    spans_ms = [(40, 120)] * 10
+    counts = []
+    for periods_s in ((), (0.16,) * 10):
+        world = World()
+        world.plan(*[20.0] * 10, one_chunk=True, periods_s=periods_s)
+        counts.append(len(looks(world, spans_ms, speed=1.0)))
+    assert counts[1] < counts[0] / 4, counts
 
 
 # -- what cannot be trusted --------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def finished(snapshot: Snapshot) -> Snapshot:
 
 
 def draft(stable: Any, volatile: Any) -> Draft:
-    return Planner().draft(stable, volatile)
+    return Planner().draft(lambda: stable, volatile)
 
 
 def to(buffer: Buffer) -> Callable[[], Buffer]:
@@ -240,11 +240,11 @@ def test_two_versions_are_never_mixed_in_one_buffer(snapshotter: Snapshotter, ga
 
 
 def test_a_state_that_was_another_one_costs_no_older_version(snapshotter: Snapshotter, buffers: Buffers) -> None:
-    def verify() -> None:
+    def read_stable() -> None:
         raise StateChangedError("another one")
 
     finished(snapshotter.begin(v(1), draft([torch.ones(3)], None), to(buffers[0])))
-    snapshot = finished(snapshotter.begin(v(3), Planner().draft([1], None, verify), to(buffers[0])))
+    snapshot = finished(snapshotter.begin(v(3), Planner().draft(read_stable, None), to(buffers[0])))
     assert isinstance(snapshot.error, StateChangedError)
     assert (buffers[0].id, buffers[0].state) == (v(1), BufferState.COMPLETE)
 

@@ -173,11 +173,11 @@ class SimulatedRankGroup:
     def from_first(self, value: Any) -> Any:
         return self.gather(value)[0]
 
-    def start_min(self, values: list[int]) -> SimulatedMinExchange:
-        return SimulatedMinExchange(self.start("min", values))
+    def minimum(self, values: list[int]) -> list[int]:
+        return [min(column) for column in zip(*self.start("min", values).wait().values(), strict=True)]
 
     def barrier(self) -> None:
-        self.start_min([0]).wait()
+        self.minimum([0])
 
     def total(self, value: int) -> int:
         """The sum over all ranks: training's own collective."""
@@ -201,13 +201,3 @@ class Pending:
         if self._call.read == self._group.world_size:
             self._group.forget(self._channel, self._number)
         return values
-
-
-class SimulatedMinExchange:
-    """`MinExchange` on a simulated collective."""
-
-    def __init__(self, pending: Pending) -> None:
-        self._pending = pending
-
-    def wait(self) -> list[int]:
-        return [min(column) for column in zip(*self._pending.wait().values(), strict=True)]

@@ -151,14 +151,19 @@ class Trainer:
     def _pace(self) -> None:
         """Every other rank's versions travel in pieces while it computes; in the workers' next run the others'."""
         if (self._rank + self._memory.generation) % 2:
-            usable_s = [self._program.step_s / 2, 0.0]
+            step_s = self._program.step_s
             self._slab.pace.set_plan(
-                usable_s, bandwidth_bytes_per_s=1e6, startup_s=0.0, chunk_bytes=200, window_bytes=800
+                [step_s / 2, 0.0],
+                bandwidth_bytes_per_s=1e6,
+                startup_s=0.0,
+                chunk_bytes=200,
+                window_bytes=800,
+                periods_s=[step_s, 0.0],
             )
             self._slab.pace.set_pace(Pace.PACED)
 
     def _draft(self) -> shard.Draft:
-        return self._planner.draft({"tensor": self._tensor}, {"step": self._step, "weight": self._weight})
+        return self._planner.draft(lambda: {"tensor": self._tensor}, {"step": self._step, "weight": self._weight})
 
     def _train(self, publisher: VersionPublisher) -> None:
         settled, self._last_persist = self._step, Active.scheduler.now

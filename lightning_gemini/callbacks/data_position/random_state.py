@@ -204,7 +204,7 @@ _MEMORY_TELLS = _memory_tells()
 
 def _torch_state() -> torch.Tensor:
     state = torch.get_rng_state()
-    same: torch.Tensor = _unless_same("torch", state.numpy().tobytes(), lambda: state)
+    same: torch.Tensor = _unless_same("torch", ctypes.string_at(state.data_ptr(), state.nbytes), lambda: state)
     return same
 
 

@@ -74,8 +74,9 @@ def map_style_class(ordinary: Any) -> type:
 
         def state_dict(self) -> dict[str, Any]:
             """The position before the batches in flight, in plain values."""
-            position = self._gemini_tracker.position(lambda: find_random_sources(self), _length(self), _nothing)
-            return {_KEY: {"loader": "map-style", "batches": _length(self), **position.to_plain()}}
+            length = _length(self)
+            position = self._gemini_tracker.position(lambda: find_random_sources(self), length, _nothing)
+            return {_KEY: {"loader": "map-style", "batches": length, **position.to_plain()}}
 
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             """Makes the next ``iter`` go on at a position; raises RestoreError for the state of another kind."""

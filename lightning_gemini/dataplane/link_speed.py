@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import statistics
+import struct
 import time
+from collections import deque
 from dataclasses import dataclass
 
 from lightning_gemini.dataplane import wire
@@ -17,6 +19,8 @@ _ENOUGH_BYTES = 64 << 20  # far beyond what shapers let through in one burst
 _ENOUGH_S = 0.06
 _PROBE_S = 0.005  # shorter ones tell more of the peer's threads than of the link
 _FIRST_PROBE_BYTES, _LARGEST_PROBE_BYTES = 16 << 10, 8 << 20
+_PROBES_AHEAD = 8  # the link must not rest while an answer waits behind the peer's own probes, which go the other way
+_CLOCK = struct.Struct("<Q")
 _SCRATCH_BYTES = 256 << 10
 
 
@@ -48,14 +52,14 @@ def measure(sock: socket.socket) -> LinkSpeed:
 
 
 def discard(sock: socket.socket, probe: Frame) -> None:
-    """Take in a probe's payload and say so."""
+    """Take in a probe's payload, and say when it was through."""
     scratch = memoryview(bytearray(min(probe.length, _SCRATCH_BYTES)))
     left = probe.length
     while left:
         piece = scratch[: min(left, len(scratch))]
         wire.receive_into(sock, piece)
         left -= len(piece)
-    wire.send(sock, Frame(Kind.ACK, size=probe.length))
+    wire.send(sock, Frame(Kind.ACK, length=_CLOCK.size), _CLOCK.pack(time.monotonic_ns()))
 
 
 def _ping(sock: socket.socket) -> float:
@@ -68,23 +72,20 @@ def _ping(sock: socket.socket) -> float:
 def _bandwidth(sock: socket.socket) -> float:
     """Bytes a second over the second half of the time: what shapers let through at first is over by then."""
     payload = memoryview(bytes(_LARGEST_PROBE_BYTES))
-    size = _FIRST_PROBE_BYTES
-    began_s = last_s = time.monotonic()
-    arrivals = [(began_s, 0)]  # (when, how much in all)
-    _send(sock, payload[:size])
-    while True:
-        elapsed_s, arrived = last_s - began_s, arrivals[-1][1]
+    size, on_their_way = _FIRST_PROBE_BYTES, deque[int]()
+    arrivals: list[tuple[float, int]] = []  # (when, how much in all)
+    enough = False
+    while on_their_way or not enough:
+        while not enough and len(on_their_way) < _PROBES_AHEAD:
+            _send(sock, payload[:size])
+            on_their_way.append(size)
+        arrived = (arrivals[-1][1] if arrivals else 0) + on_their_way.popleft()
+        arrivals.append((_answer(sock), arrived))
+        elapsed_s = arrivals[-1][0] - arrivals[0][0]
         enough = elapsed_s >= _LONGEST_S or (arrived >= _ENOUGH_BYTES and elapsed_s >= _ENOUGH_S)
-        if not enough:
-            _send(sock, payload[:size])  # always one more than the link has delivered, so that it never rests
-        arrived += _answer(sock)
-        now_s = time.monotonic()
-        arrivals.append((now_s, arrived))
-        if enough:
-            return _rate(arrivals)
-        if now_s - last_s < _PROBE_S:
+        if len(arrivals) > 1 and arrivals[-1][0] - arrivals[-2][0] < _PROBE_S:
             size = min(2 * size, _LARGEST_PROBE_BYTES)
-        last_s = now_s
+    return _rate(arrivals)
 
 
 def _rate(arrivals: list[tuple[float, int]]) -> float:
@@ -98,11 +99,15 @@ def _send(sock: socket.socket, payload: memoryview) -> None:
     wire.send(sock, Frame(Kind.PROBE, length=len(payload)), payload)
 
 
-def _answer(sock: socket.socket) -> int:
+def _answer(sock: socket.socket) -> float:
+    """When the next probe was through, by the peer's clock: its answer may wait behind what the peer sends itself."""
     try:
         frame = wire.receive(sock)
     except EOFError as error:
         raise ConnectionError("the peer closed the connection while the link was measured") from error
-    if frame.kind is not Kind.ACK:
-        raise ProtocolError(f"a probe of the link was answered {frame.kind.name}, expected ACK")
-    return frame.size
+    if (frame.kind, frame.length) != (Kind.ACK, _CLOCK.size):
+        raise ProtocolError(f"a probe of the link was answered {frame.kind.name}, expected ACK and a time")
+    clock = bytearray(_CLOCK.size)
+    wire.receive_into(sock, memoryview(clock))
+    nanoseconds: int = _CLOCK.unpack(clock)[0]
+    return nanoseconds / 1e9

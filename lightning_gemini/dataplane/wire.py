@@ -52,7 +52,7 @@ class Kind(enum.IntEnum):
     HAVE = 7  # receiver: already complete here
     ACK = 8  # receiver: complete and verified
     REFUSE = 9  # either: no; payload is the reason in UTF-8
-    PROBE = 10  # sender: measures the link with a payload that nobody keeps; answered with ACK
+    PROBE = 10  # sender: measures the link with a payload that nobody keeps; answered with ACK and a time
 
 
 _LIMITS = {Kind.CHUNK: MAX_CHUNK_BYTES, Kind.PROBE: MAX_PROBE_BYTES}

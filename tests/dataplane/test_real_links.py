@@ -58,6 +58,18 @@ def test_a_limited_cable_is_as_fast_as_its_limit(machines: Namespaces) -> None:
     assert 0 < startup_s < 0.05
 
 
+def test_links_measured_both_ways_at_once_are_as_fast_as_their_limits(machines: Namespaces) -> None:
+    """Every answer to a probe waits behind the probes that go its way."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(end_of_link(machines, at, "serve", machines.address(at))) for at in (0, 1)]
+        ports = [line_of(server) for server in servers]
+        ends = [end_of_link(machines, at, "measure", machines.address(1 - at), ports[1 - at]) for at in (0, 1)]
+        senders = [stack.enter_context(end) for end in ends]
+        for sender in senders:
+            bandwidth, _ = json.loads(line_of(sender))
+            assert 0.85 * RATE_MBIT < bandwidth * 8 / 1e6 < 1.1 * RATE_MBIT
+
+
 def test_a_silent_sender_whose_machine_vanishes_is_given_up(machines: Namespaces) -> None:
     """A paced sender may be silent as long as it likes, so that no timeout finds this; its kernel's silence does."""
     address = machines.address(1)

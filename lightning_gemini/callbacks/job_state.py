@@ -275,6 +275,11 @@ class JobState:
         volatile = {**volatile, **extra, "lightning": lightning_state, "fit": self.fit}
         return self._planner.draft(read_stable, volatile)
 
+    def wait_until_read(self) -> None:
+        """Until no version in the making looks at the engine's state: DeepSpeed changes it for a moment to read it."""
+        if self._publisher is not None:
+            self._publisher.wait_until_read()
+
     def _expected_bytes(self, lightning_state: dict[str, Any]) -> int:
         """The first version may lack the moments that the first step creates: two more copies of the weights."""
         layout = self.draft(lightning_state, {}).finish()

@@ -114,12 +114,16 @@ class VersionPublisher:
     def before_step(self, *_: Any) -> None:
         """The optimizer is about to change the state: finish reading it, and start finding out what is committed."""
         began = time.perf_counter()
-        if self._snapshot is not None:
-            self._snapshot.wait_until_read()
+        self.wait_until_read()
         if not self.settled and not self._voting:
             self._voting = True
             self._snapshotter.run(self._vote)
         self._add_stall(began)
+
+    def wait_until_read(self) -> None:
+        """Until nobody reads training's state any more."""
+        if self._snapshot is not None:
+            self._snapshot.wait_until_read()
 
     def settle(self) -> bool:
         """After the step: learn whether the newest version is committed. Collective as long as it is not.
@@ -190,8 +194,7 @@ class VersionPublisher:
         Scheme ``blocking``.
         """
         began = time.perf_counter()
-        if self._snapshot is not None:
-            self._snapshot.wait_until_read()
+        self.wait_until_read()
         self._wait_for_holders(self._commit_wait_s)
         self._add_stall(began)
 

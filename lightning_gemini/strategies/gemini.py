@@ -167,6 +167,8 @@ class GeminiStrategy(DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint of the user's so that DeepSpeedStrategy without this package reads it too."""
+        if self.job_state is not None:
+            self.job_state.wait_until_read()
         super().save_checkpoint(data_position.set_aside_positions(checkpoint), *args, **kwargs)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -185,7 +187,11 @@ class GeminiStrategy(DeepSpeedStrategy):
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         """The optimizer's state; a snapshot takes it from the engine instead."""
-        return {} if self._snapshotting else super().optimizer_state(optimizer)
+        if self._snapshotting:
+            return {}
+        if self.job_state is not None:
+            self.job_state.wait_until_read()
+        return super().optimizer_state(optimizer)
 
     def process_dataloader(self, dataloader: object) -> object:
         """Make training loaders go on exactly where they were."""

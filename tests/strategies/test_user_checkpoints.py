@@ -47,6 +47,16 @@ def test_memory_survives_a_run_from_the_users_checkpoint(make_job: MakeJob) -> N
         assert seen.get(record["step"], record) == record
 
 
+def test_a_checkpoint_saved_while_a_version_is_read_is_whole(make_job: MakeJob) -> None:
+    options = {"strategy": "gemini_stage_3", "trainer": {"max_epochs": 1}}
+    job, other = make_job(**options, callbacks=["save-meanwhile"]), make_job(**options)
+    outcome = job.run()
+    assert outcome.ended, outcome.output
+    resumed = other.run(ckpt_path=checkpoint(job, 3))
+    assert resumed.ended, resumed.output
+    assert [record["step"] for record in resumed.of("train")] == [4, 5]
+
+
 def test_a_launchers_restart_carries_on_from_memory(make_job: MakeJob, undisturbed: Undisturbed) -> None:
     options = {"strategy": "gemini_stage_3", **CHECKPOINTS}
     job = make_job(**options)

@@ -46,7 +46,7 @@ class Options:
             ``stateful-wrapped`` or ``iterable``.
         batches: Training batches an epoch and rank.
         val_batches: Validation batches; 0: no validation.
-        callbacks: ``checkpoint``, ``early-stopping``, by name.
+        callbacks: ``checkpoint``, ``early-stopping``, ``save-meanwhile``, by name.
         ckpt_path: Handed to ``trainer.fit``.
         after: Trainer functions to call after the fit: ``validate``, ``test``, ``fit`` (a second model).
         stop: Where to wait for SIGKILL: hook, and optimizer step, epoch, batch or number of the fit.
@@ -321,6 +321,26 @@ def fail() -> None:
     raise RuntimeError("the user's callback failed")
 
 
+class SaveMeanwhile(Callback):
+    """Saves a checkpoint where a version of the same state is being read, for which DeepSpeed is made to take long."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        optimizer = trainer.strategy.deepspeed_engine.optimizer  # type: ignore[attr-defined]
+        lend = optimizer._set_fp32_optimizer_param_groups
+
+        def lend_slowly() -> None:
+            lend()
+            time.sleep(0.1)
+
+        optimizer._set_fp32_optimizer_param_groups = lend_slowly
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        trainer.save_checkpoint(self.folder / f"step={steps(trainer)}.ckpt")
+
+
 def callbacks(options: Options) -> list[Callback]:
     out = Path(options.out)
     found: list[Callback] = [Counter(), Recorder(out, options.weights)]
@@ -328,6 +348,8 @@ def callbacks(options: Options) -> list[Callback]:
         found.append(EarlyStopping("val_loss", patience=1, min_delta=10.0))
     if "checkpoint" in options.callbacks:
         found.append(ModelCheckpoint(out / "checkpoints", save_top_k=-1, every_n_train_steps=3, save_last=True))
+    if "save-meanwhile" in options.callbacks:
+        found.append(SaveMeanwhile(out / "checkpoints"))
     if options.stop is not None:
         found.append(Trap(lambda: wait_for_sigkill(out), **options.stop))
     if options.fail is not None:

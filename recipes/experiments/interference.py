@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hydra
 from figures import draw
 from hydra.core.hydra_config import HydraConfig
-from measured import CONFIDENCE, HIGH, LOW, IncompleteError, measured_rows, read_lines
+from measured import CONFIDENCE, HIGH, LOW, REFERENCE, IncompleteError, measured_rows, read_lines
 from namespace_job import JobError, NamespaceJob
 from namespaces import Namespaces, why_not
 from omegaconf import DictConfig, OmegaConf
@@ -39,7 +39,7 @@ from progress import Screen
 from result_rows import break_point, read_rows
 from settings import conf_dir
 
-from lightning_gemini.config import CheckpointConfig
+from lightning_gemini.config import SCHEDULES, CheckpointConfig
 from lightning_gemini.errors import GeminiError
 
 TRAINING = Path(__file__).resolve().with_name("interference_training.py")
@@ -127,6 +127,9 @@ def main(cfg: DictConfig) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if reason := why_not():
         sys.exit(f"interference: {reason}; this experiment needs root and network namespaces: try it with sudo")
+    if (unknown := set(cfg.schemes) - set(SCHEDULES)) or REFERENCE not in cfg.schemes:
+        wrong = f"unknown: {', '.join(sorted(unknown))}" if unknown else f"{REFERENCE!r}, to compare with, is missing"
+        sys.exit(f"interference: schemes are some of {', '.join(SCHEDULES)}; {wrong}")
     began = time.monotonic()
     print(f"{NOTE}\nseed {cfg.seed}; results go to {cfg.folder}", flush=True)
     try:

@@ -108,6 +108,15 @@ def _processes(network: str) -> list[str]:
     return found.stdout.split()
 
 
+@pytest.mark.parametrize(("schemes", "said"), [("none,often", "unknown: often"), ("eager", "'none', to compare with")])
+def test_schemes_are_checked_before_anything_starts(networks: None, tmp_path: Path, schemes: str, said: str) -> None:
+    command = [*EXPERIMENT, f"schemes=[{schemes}]"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert not [*tmp_path.rglob("rank0.log")]
+
+
 def test_without_root_it_says_so() -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to give it away")

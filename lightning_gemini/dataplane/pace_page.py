@@ -263,7 +263,7 @@ class PacePage:
     def span(self) -> Span:
         """Where training is now."""
         word, began_ns = self.marks()
-        return Span(word >> 1 & _INDEX_MASK, began_ns, bool(word & 1))
+        return Span(self.index_of(word), began_ns, bool(word & 1))
 
     def marks(self) -> tuple[int, int]:
         """Returns the span word, and when it says that the span began; it changes with every change of either."""
@@ -299,6 +299,11 @@ class PacePage:
     def encode_span(index: int, is_open: bool, turn: int = 0) -> int:
         """Returns the word that says where training is; ``turn`` tells two visits to the same span apart."""
         return (turn & _TURN_MASK) << 32 | min(index, _INDEX_MASK) << 1 | is_open
+
+    @staticmethod
+    def index_of(word: int) -> int:
+        """Returns the index of the span that such a word speaks of."""
+        return word >> 1 & _INDEX_MASK
 
     def note_in_flight(self, size_bytes: int) -> None:
         """So many bytes are on their way."""

@@ -141,7 +141,7 @@ class Pacer:
             return left_bytes
         if not word & 1 or not began_ns:
             return 0
-        index = _index(word)
+        index = PacePage.index_of(word)
         usable_ns = plan.usable_ns[index] if index < len(plan.usable_ns) else 0
         began_ns = min(began_ns, now_ns) + usable_ns * plan.lead_ppm // 10**6  # a damaged clock gains nothing
         permit.from_ns, permit.until_ns = began_ns, began_ns + usable_ns
@@ -164,7 +164,7 @@ class Pacer:
 
     def _sleep_ns(self, now_ns: int, word: int, began_ns: int) -> int:
         """How long no span is to be expected; 0 or less where one is, and where nobody knows."""
-        index, gaps_ns = _index(word), self._gaps_ns
+        index, gaps_ns = PacePage.index_of(word), self._gaps_ns
         if not began_ns or index >= len(gaps_ns):
             return 0
         part, of = _SLEPT_PARTS
@@ -197,10 +197,6 @@ class Pacer:
         if self._unreadable_since_ns is None:
             self._unreadable_since_ns = now_ns
         return now_ns - self._unreadable_since_ns
-
-
-def _index(word: int) -> int:
-    return word >> 1 & 0x7FFFFFFF
 
 
 def _gaps_ns(plan: Plan) -> tuple[int, ...]:

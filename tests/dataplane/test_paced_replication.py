@@ -72,10 +72,27 @@ def start() -> Iterator[Callable[..., list[Replicating]]]:
 Start = Callable[..., list[Replicating]]
 
 
-def pace(page: PacePage, *, piece: int = PIECE, usable_s: float = 1000.0) -> None:
+def pace(page: PacePage, *, piece: int = PIECE, usable_s: float = 1000.0, period_s: float = 0.0) -> None:
     """Spans so long that nothing but their end ends them, and one small piece at a time."""
-    page.set_plan([usable_s] * 3, bandwidth_bytes_per_s=1e9, startup_s=0.0, chunk_bytes=piece, window_bytes=piece)
+    page.set_plan(
+        [usable_s] * 3,
+        bandwidth_bytes_per_s=1e9,
+        startup_s=0.0,
+        chunk_bytes=piece,
+        window_bytes=piece,
+        periods_s=[period_s] * 3,
+    )
     page.set_pace(Pace.PACED)
+
+
+def assert_a_rush_sends_the_rest(page: PacePage, buffer: Buffer, holder: Replicating, asked: Asked, size: int) -> None:
+    """What a closed span keeps back leaves at once when training waits for it."""
+    page.close_span()
+    asked.wait_for_refusals(3)
+    assert buffer.acked is None
+    page.rush(True)
+    wait_until(lambda: buffer.acked == v(1), "acknowledged")
+    assert_held(holder, 0, v(1), size)
 
 
 def chunks_at(holder: Replicating, owner: int) -> int:
@@ -143,12 +160,7 @@ def test_a_rush_sends_the_rest_at_once_from_the_middle_of_a_chunk(start: Start, 
     page.open_span(0)
     buffer = publish(sender, 0, v(1), size)
     wait_until(lambda: page.sent > PIECE, "a piece is sent")
-    page.close_span()
-    asked.wait_for_refusals(3)
-    assert buffer.acked is None
-    page.rush(True)
-    wait_until(lambda: buffer.acked == v(1), "acknowledged")
-    assert_held(holder, 0, v(1), size)
+    assert_a_rush_sends_the_rest(page, buffer, holder, asked, size)
     assert page.sent == size
 
 
@@ -157,15 +169,7 @@ def test_who_sleeps_till_the_next_span_hears_of_a_rush_and_of_a_span_before_its_
 ) -> None:
     sender, holder = start(2)
     page = sender.slab(0).pace
-    page.set_plan(
-        [1000.0] * 2,
-        bandwidth_bytes_per_s=1e9,
-        startup_s=0.0,
-        chunk_bytes=PIECE,
-        window_bytes=PIECE,
-        periods_s=[2000.0] * 2,
-    )
-    page.set_pace(Pace.PACED)
+    pace(page, period_s=2000.0)
     page.open_span(0)
     page.close_span()
     buffer = publish(sender, 0, v(1), size)
@@ -173,12 +177,7 @@ def test_who_sleeps_till_the_next_span_hears_of_a_rush_and_of_a_span_before_its_
     assert page.sent == 0
     page.open_span(1)
     wait_until(lambda: page.sent > PIECE, "pieces leave")
-    page.close_span()
-    asked.wait_for_refusals(3)
-    assert buffer.acked is None
-    page.rush(True)
-    wait_until(lambda: buffer.acked == v(1), "acknowledged")
-    assert_held(holder, 0, v(1), size)
+    assert_a_rush_sends_the_rest(page, buffer, holder, asked, size)
     assert not asked.sent_in_closed_spans
 
 

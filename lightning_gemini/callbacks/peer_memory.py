@@ -24,7 +24,7 @@ from lightning_gemini.core.recovery import (
     plan_recovery,
 )
 from lightning_gemini.dataplane import shard
-from lightning_gemini.dataplane.link_speed import LinkSpeed
+from lightning_gemini.dataplane.link_speed import LinkSpeed, Quantity
 from lightning_gemini.dataplane.slab import Slab
 from lightning_gemini.errors import GeminiError, IntegrityError
 
@@ -263,22 +263,24 @@ class PeerMemory:
             Its share of its machine's link; ``None`` if that cannot be measured now.
         """
         self._group.barrier()
-        links = self._group.gather(self._link_of_machine() if self.identity.local_rank == 0 else None)
-        link = links[self.identity.machine * self.identity.nproc_per_machine]
-        if link is None:
+        startups_s, rates = self._measured(Quantity.STARTUP), self._measured(Quantity.BANDWIDTH)
+        if not startups_s or not rates:
             return None
-        return LinkSpeed(link.bandwidth_bytes_per_s / self.identity.nproc_per_machine, link.startup_s)
+        whole = min(rates) * len(rates)  # the links shared the machine's own
+        return LinkSpeed(whole / self.identity.nproc_per_machine, max(startups_s))
 
-    def _link_of_machine(self) -> LinkSpeed | None:
+    def _measured(self, quantity: Quantity) -> list[float]:
+        """Of every link to this machine's holders, at the same time on all machines. Collective."""
+        found = self._group.gather(self._measure(quantity) if self.identity.local_rank == 0 else [])
+        mine: list[float] = found[self.identity.machine * self.identity.nproc_per_machine]
+        return mine
+
+    def _measure(self, quantity: Quantity) -> list[float]:
         try:
-            links = list(self.client.measure_links().values())
+            return list(self.client.measure_links(quantity).values())
         except GeminiError as error:
             log.warning("cannot measure the link to the machines that hold this machine's shards: %s", error)
-            return None
-        if not links:
-            return None
-        slowest = min(link.bandwidth_bytes_per_s for link in links)  # they shared the machine's own
-        return LinkSpeed(slowest * len(links), max(link.startup_s for link in links))
+            return []
 
     def close(self, *, finished: bool) -> None:
         """Hang up. When the job is finished and nobody else ends the agent, end it and free the memory."""

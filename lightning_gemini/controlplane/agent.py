@@ -6,7 +6,6 @@ dead, which generation it is) is :mod:`lightning_gemini.controlplane.worker_agen
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import threading
@@ -26,6 +25,7 @@ from lightning_gemini.core.recovery import (
     inventory_to_json,
     version_from_json,
 )
+from lightning_gemini.dataplane.link_speed import Quantity
 from lightning_gemini.dataplane.replicator import Replicator
 from lightning_gemini.dataplane.slab import BufferState
 from lightning_gemini.dataplane.store import ShardStore
@@ -338,8 +338,8 @@ class MachineAgent:
         placement = self._store.placement
         holders = placement.holders(self.settings.machine)[1:] if placement else ()
         peers = [self._peers[machine] for machine in holders if machine in self._peers]
-        found = self._survey.measure(peers, again=bool(request["again"]))
-        return {"links": [[machine, *dataclasses.astuple(link)] for machine, link in found.items()]}, ()
+        found = self._survey.measure(peers, Quantity(request["quantity"]), again=bool(request["again"]))
+        return {"links": list(found.items())}, ()
 
     def _on_replica_begin(self, session: WorkerSession, request: dict[str, Any]) -> Reply:
         return self._receptions.begin(session, request)

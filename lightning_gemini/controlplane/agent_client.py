@@ -12,7 +12,7 @@ from typing import Any
 import lightning_gemini.errors as errors
 from lightning_gemini.controlplane.messages import receive_message, send_message
 from lightning_gemini.core.recovery import Fetch, VersionId, fetch_to_json, version_to_json
-from lightning_gemini.dataplane.link_speed import LinkSpeed
+from lightning_gemini.dataplane.link_speed import Quantity
 from lightning_gemini.dataplane.slab import Buffer, Slab
 from lightning_gemini.errors import AgentError, GeminiError
 from lightning_gemini.version import __version__
@@ -118,17 +118,19 @@ class AgentClient:
         reply, _ = self._exchange(message, timeout_s)
         return int(reply["bytes"]), float(reply["seconds"])
 
-    def measure_links(self, *, again: bool = False) -> dict[int, LinkSpeed]:
+    def measure_links(self, quantity: Quantity, *, again: bool = False) -> dict[int, float]:
         """Have the agent measure the links to the machines that hold this one's shards, all at the same time.
 
         Args:
+            quantity: What of them.
             again: Whether also those that the agent has measured already.
 
         Returns:
-            The links that could be measured, by machine rank; ranks share those of their machine.
+            That of the links that could be measured, by machine rank; ranks share those of their machine.
         """
-        reply, _ = self._exchange({"request": "measure_links", "again": again}, _MEASURE_TIMEOUT_S)
-        return {int(machine): LinkSpeed(float(rate), float(startup)) for machine, rate, startup in reply["links"]}
+        request = {"request": "measure_links", "quantity": quantity.value, "again": again}
+        reply, _ = self._exchange(request, _MEASURE_TIMEOUT_S)
+        return {int(machine): float(found) for machine, found in reply["links"]}
 
     def resume_from(self, version: VersionId | None) -> None:
         """All ranks go on from this version."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from lightning_gemini.dataplane.link_speed import LinkSpeed
+from lightning_gemini.dataplane.link_speed import Quantity
 from lightning_gemini.dataplane.transport import Peer, TcpTransport
 
 log = logging.getLogger(__name__)
@@ -26,30 +26,32 @@ class LinkSurvey:
     def __init__(self, connect: Callable[[Peer], TcpTransport]) -> None:
         self._connect = connect
         self._lock = threading.Lock()
-        self._known: dict[Peer, LinkSpeed] = {}
+        self._known: dict[tuple[Peer, Quantity], float] = {}
 
-    def measure(self, peers: Sequence[Peer], *, again: bool = False) -> dict[int, LinkSpeed]:
-        """Returns the speed of the link to every peer that could be reached, by machine rank.
+    def measure(self, peers: Sequence[Peer], quantity: Quantity, *, again: bool = False) -> dict[int, float]:
+        """Returns a quantity of the link to every peer that could be reached, by machine rank.
 
         Args:
             peers: Whom to measure.
+            quantity: What of it.
             again: Whether also those that are known already.
         """
         with self._lock:  # the ranks of a machine ask together: one of them measures
-            missing = [peer for peer in peers if again or peer not in self._known]
-            threads = [threading.Thread(target=self._measure, args=(peer,), name="link-survey") for peer in missing]
+            missing = [(peer, quantity) for peer in peers if again or (peer, quantity) not in self._known]
+            threads = [threading.Thread(target=self._measure, args=link, name="link-survey") for link in missing]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            return {peer.machine: self._known[peer] for peer in peers if peer in self._known}
+            known = [(peer.machine, self._known.get((peer, quantity))) for peer in peers]
+            return {machine: found for machine, found in known if found is not None}
 
-    def _measure(self, peer: Peer) -> None:
+    def _measure(self, peer: Peer, quantity: Quantity) -> None:
         deadline = time.monotonic() + _PATIENCE_S
         while True:
             transport = self._connect(peer)
             try:
-                self._known[peer] = transport.measure()
+                self._known[peer, quantity] = transport.measure(quantity)
                 return
             except OSError as error:
                 if time.monotonic() > deadline:

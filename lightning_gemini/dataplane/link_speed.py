@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import socket
 import statistics
 import struct
@@ -37,18 +38,27 @@ class LinkSpeed:
     startup_s: float
 
 
-def measure(sock: socket.socket) -> LinkSpeed:
-    """Measure the way to a replica server by sending to it for about a second at most, for less on a fast link.
+class Quantity(str, enum.Enum):
+    """What can be measured of a link: a field of `LinkSpeed`, by its name."""
+
+    BANDWIDTH = "bandwidth_bytes_per_s"
+    STARTUP = "startup_s"
+
+
+def measure(sock: socket.socket, quantity: Quantity) -> float:
+    """Measure the way to a replica server: its bandwidth by sending for about a second at most, less on a fast link.
+
+    One quantity at a time, on all machines alike: while one machine measures its bandwidth, another one's pings would
+    tell how long its bytes wait behind that.
 
     Args:
         sock: An authenticated connection with a timeout, on which nothing else is under way.
+        quantity: What of it.
 
     Raises:
         OSError: The connection broke, or the peer answered something else.
     """
-    trips_s = [_ping(sock) for _ in range(_PINGS)]
-    quick_s = statistics.quantiles(trips_s)[0]  # others may have waited for a processor rather than for the link
-    return LinkSpeed(_bandwidth(sock), quick_s)
+    return _bandwidth(sock) if quantity is Quantity.BANDWIDTH else _startup_s(sock)
 
 
 def discard(sock: socket.socket, probe: Frame) -> None:
@@ -60,6 +70,11 @@ def discard(sock: socket.socket, probe: Frame) -> None:
         wire.receive_into(sock, piece)
         left -= len(piece)
     wire.send(sock, Frame(Kind.ACK, length=_CLOCK.size), _CLOCK.pack(time.monotonic_ns()))
+
+
+def _startup_s(sock: socket.socket) -> float:
+    trips_s = [_ping(sock) for _ in range(_PINGS)]
+    return statistics.quantiles(trips_s)[0]  # others may have waited for a processor rather than for the link
 
 
 def _ping(sock: socket.socket) -> float:

@@ -21,7 +21,9 @@ from lightning_gemini.controlplane.agent_client import AgentClient
 from lightning_gemini.core.recovery import Tier, VersionId
 from lightning_gemini.dataplane import shard
 from lightning_gemini.dataplane.header import Word
+from lightning_gemini.dataplane.link_speed import Quantity
 from lightning_gemini.dataplane.slab import Buffer
+from lightning_gemini.dataplane.transport import TcpTransport
 from lightning_gemini.errors import IntegrityError, RestoreError
 from tests.controlplane.agents import JOB, ShortDirectory, introduce, make_agent
 from tests.dataplane.encoding import encode
@@ -311,3 +313,29 @@ def test_a_shard_that_one_rank_cannot_read_is_an_error_to_all(cluster: Make, mon
         for future in [threads.submit(memory.find) for memory in job.memories]:
             with pytest.raises(RestoreError, match="lacks a class"):
                 future.result(30.0)
+
+
+def test_pings_are_over_on_all_machines_before_any_sends_what_they_would_wait_behind(
+    cluster: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memories = cluster(3, 2).memories
+    measured: list[tuple[Quantity, str]] = []
+    somebody_sends = threading.Event()
+    real = TcpTransport.measure
+
+    def measure(self: TcpTransport, quantity: Quantity) -> float:
+        measured.append((quantity, "begins"))
+        if quantity is Quantity.BANDWIDTH:
+            somebody_sends.set()
+        elif self._machine == 0:
+            somebody_sends.wait(0.5)  # the others have all the time to do so
+        found = real(self, quantity)
+        measured.append((quantity, "ends"))
+        return found
+
+    monkeypatch.setattr(TcpTransport, "measure", measure)
+    with ThreadPoolExecutor(3) as threads:
+        links = [future.result(60.0) for future in [threads.submit(each.measure_link) for each in memories]]
+    assert all(link is not None and link.bandwidth_bytes_per_s > 1e6 and link.startup_s < 0.1 for link in links)
+    assert len(measured) == 12
+    assert {quantity for quantity, _ in measured[:6]} == {Quantity.STARTUP}

@@ -11,6 +11,7 @@ import pytest
 
 from lightning_gemini.controlplane.agent import MachineAgent
 from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane.link_speed import Quantity
 from lightning_gemini.dataplane.pace_page import Pace
 from tests.controlplane.agents import ROOT, ShortDirectory, Worker, introduce, make_agent
 from tests.dataplane.machines import complete_ids, content_of, shard_bytes
@@ -105,15 +106,15 @@ def test_a_new_generation_begins_with_everything_going_at_once(pair: Pair) -> No
 
 def test_a_worker_asks_its_agent_for_the_links(pair: Pair) -> None:
     worker = Worker(pair[0], 0, size=SIZE)
-    found = worker.client.measure_links()
-    assert list(found) == [1]
-    assert found[1].bandwidth_bytes_per_s > 1e6
-    assert 0 < found[1].startup_s < 1
-    assert worker.client.measure_links() == found
+    startups_s = worker.client.measure_links(Quantity.STARTUP)
+    assert list(startups_s) == [1]
+    assert 0 < startups_s[1] < 1
+    assert worker.client.measure_links(Quantity.BANDWIDTH)[1] > 1e6
+    assert worker.client.measure_links(Quantity.STARTUP) == startups_s
     worker.close()
 
 
 def test_a_machine_whose_shards_nobody_else_holds_has_no_links_to_measure(pair: Pair) -> None:
     worker = Worker(pair[0], 0, replicas=1, size=SIZE)
-    assert worker.client.measure_links() == {}
+    assert worker.client.measure_links(Quantity.STARTUP) == {}
     worker.close()

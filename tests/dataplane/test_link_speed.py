@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lightning_gemini.controlplane.link_survey import LinkSurvey
 from lightning_gemini.dataplane import link_speed, wire
-from lightning_gemini.dataplane.link_speed import LinkSpeed
+from lightning_gemini.dataplane.link_speed import Quantity
 from lightning_gemini.dataplane.transport import Peer, TcpTransport
 from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import ProtocolError
@@ -36,11 +36,11 @@ def test_a_fast_link_is_measured_without_much_traffic() -> None:
             patched.setattr(
                 wire, "send", lambda sock, frame, payload=b"": (sent.append(len(payload)), real(sock, frame, payload))
             )
-            found = transport.measure()
+            bandwidth = transport.measure(Quantity.BANDWIDTH)
+            assert 0 < transport.measure(Quantity.STARTUP) < 0.1
         transport.close()
-    assert found.bandwidth_bytes_per_s > 10e6
-    assert 0 < found.startup_s < 0.1
-    assert sum(sent) < 4 * link_speed._ENOUGH_BYTES
+    assert bandwidth > 10e6
+    assert sum(sent) < 4 * max(link_speed._ENOUGH_BYTES, bandwidth * link_speed._ENOUGH_S)
     assert max(sent) <= link_speed._LARGEST_PROBE_BYTES <= wire.MAX_PROBE_BYTES
 
 
@@ -48,10 +48,11 @@ def test_a_fast_link_is_measured_without_much_traffic() -> None:
 def test_a_connection_that_was_measured_carries_shards_as_before() -> None:
     with Machine(1) as holder, Machine(0) as sender:
         transport = sender.transport_to(holder.peer)
-        transport.measure()
+        transport.measure(Quantity.STARTUP)
+        transport.measure(Quantity.BANDWIDTH)
         with pytest.raises(ProtocolError, match="refused"):
             transport.fetch(0, wire._NO_VERSION, sender.retrieval(0, wire._NO_VERSION))
-        transport.measure()
+        transport.measure(Quantity.STARTUP)
         transport.close()
 
 
@@ -103,7 +104,7 @@ def test_a_probe_that_is_not_answered_is_an_error(answer: Frame | None, message:
     server = OddPeer(answer)
     transport = TcpTransport(server.peer, JOB, SECRET, 0, 1)
     with pytest.raises(OSError, match=message):
-        transport.measure()
+        transport.measure(Quantity.STARTUP)
     transport.close()
     server.close()
 
@@ -123,20 +124,22 @@ def test_links_are_measured_side_by_side_and_once(machines: list[Machine]) -> No
     measured: list[int] = []
 
     class Meeting(TcpTransport):
-        def measure(self) -> LinkSpeed:
+        def measure(self, quantity: Quantity) -> float:
             together.wait(10.0)
             measured.append(self._peer.machine)
-            return super().measure()
+            return super().measure(quantity)
 
     survey = LinkSurvey(lambda peer: Meeting(peer, JOB, SECRET, 0, 1))
     peers = [machines[1].peer, machines[2].peer]
-    first = survey.measure(peers)
+    first = survey.measure(peers, Quantity.STARTUP)
     assert sorted(first) == sorted(measured) == [1, 2]
-    assert survey.measure(peers) == first
-    assert survey.measure(peers[1:]) == {2: first[2]}
+    assert survey.measure(peers, Quantity.STARTUP) == first
+    assert survey.measure(peers[1:], Quantity.STARTUP) == {2: first[2]}
     assert len(measured) == 2
-    survey.measure(peers, again=True)
+    survey.measure(peers, Quantity.STARTUP, again=True)
     assert sorted(measured) == [1, 1, 2, 2]
+    assert survey.measure(peers, Quantity.BANDWIDTH) != first
+    assert sorted(measured) == [1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.usefixtures("quick")
@@ -146,5 +149,5 @@ def test_a_link_that_cannot_be_measured_is_left_out(
     monkeypatch.setattr("lightning_gemini.controlplane.link_survey._PATIENCE_S", 0.2)
     machines[2].server.close()
     survey = LinkSurvey(machines[0].transport_to)
-    assert list(survey.measure([machines[1].peer, machines[2].peer])) == [1]
+    assert list(survey.measure([machines[1].peer, machines[2].peer], Quantity.STARTUP)) == [1]
     assert "cannot measure the link to machine 2" in caplog.text

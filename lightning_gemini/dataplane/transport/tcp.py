@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import link_speed, wire
-from lightning_gemini.dataplane.link_speed import LinkSpeed
+from lightning_gemini.dataplane.link_speed import Quantity
 from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.transport.base import Peer
@@ -84,14 +84,14 @@ class TcpTransport:
             if pacer is not None:
                 pacer.finish(link)
 
-    def measure(self) -> LinkSpeed:
+    def measure(self, quantity: Quantity) -> float:
         """Measure the way to the peer, for about a second at most; nothing else may be under way on it.
 
         Raises:
             OSError: The peer cannot be reached.
         """
         with _closing_on_error(self):
-            return link_speed.measure(self._connected())
+            return link_speed.measure(self._connected(), quantity)
 
     def fetch(self, owner: int, version: VersionId, allocate: Callable[[int], Buffer]) -> int:
         """See :class:`ReplicaTransport`."""

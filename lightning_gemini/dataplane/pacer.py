@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_gemini.dataplane.pace_page import PACE_WORD, RUSH_WORD, SPAN_WORD, Pace, PacePage, Plan
 
@@ -23,11 +24,27 @@ _LONGEST_SLEEP_S = 0.016  # or a rush and a change of pace would be noticed late
 _SLEPT_PARTS = 7, 8  # of the time till the next span: some come sooner than they do on average
 
 
+class Underway(NamedTuple):
+    """What a link was given and is not through with.
+
+    Attributes:
+        in_flight_bytes: What the peer has not acknowledged: R bounds it.
+        queued_bytes: The part of it that will still take the link's time. An acknowledgement may be late, as it waits
+            behind what the peer sends itself; then this is less.
+    """
+
+    in_flight_bytes: int = 0
+    queued_bytes: int = 0
+
+
+_NOTHING = Underway()
+
+
 @dataclass(slots=True)
 class _Permit:
     """What a link was last allowed, and under which conditions."""
 
-    in_flight_bytes: int = 0
+    underway: Underway = _NOTHING
     conditions: tuple[int, bool, int] = 0, False, 0
     from_ns: int = 0
     until_ns: int = 0
@@ -56,25 +73,25 @@ class Pacer:
         self._gaps_ns: tuple[int, ...] = ()
         self._unreadable_since_ns: int | None = None
 
-    def allowance(self, left_bytes: int, in_flight_bytes: int, link: int = 0) -> int:
+    def allowance(self, left_bytes: int, underway: Underway, link: int = 0) -> int:
         """How many of ``left_bytes`` may go now; 0: ask again soon.
 
         Args:
             left_bytes: What could be sent now.
-            in_flight_bytes: What this link sent and has not been acknowledged.
+            underway: What this link sent before.
             link: Which of the owner's links asks, by its machine.
         """
         if left_bytes <= 0:
             return 0
         with self._lock:
             permit = self._permits.setdefault(link, _Permit())
-            permit.in_flight_bytes = 0
-            others = sum(other.in_flight_bytes for other in self._permits.values())
-            size = min(left_bytes, self._room(permit, left_bytes, in_flight_bytes + others))
-            permit.in_flight_bytes = in_flight_bytes + size
+            permit.underway = underway
+            shared = Underway(*map(sum, zip(*(other.underway for other in self._permits.values()), strict=True)))
+            size = min(left_bytes, self._room(permit, left_bytes, shared))
+            permit.underway = Underway(underway.in_flight_bytes + size, underway.queued_bytes + size)
             if size and permit.ahead_bytes != UNLIMITED:
                 self._served = True
-                self.page.note_in_flight(others + in_flight_bytes + size)
+                self.page.note_in_flight(shared.in_flight_bytes + size)
             return size
 
     def still_allowed(self, link: int = 0) -> bool:
@@ -87,14 +104,14 @@ class Pacer:
             return permit.ahead_bytes == UNLIMITED or self._now_ns() < permit.until_ns
 
     def ahead_bytes(self, link: int = 0) -> int:
-        """How much of what was allowed a link may have in flight at once, so that little follows a span's end."""
+        """How much of what was allowed a link may have queued at once, so that little follows a span's end."""
         permit = self._permits.get(link)
         return UNLIMITED if permit is None else permit.ahead_bytes
 
-    def pause_s(self, in_flight_bytes: int, link: int = 0) -> float:
+    def pause_s(self, queued_bytes: int, link: int = 0) -> float:
         """How long to wait before asking again: every look costs time, and training may need the processor.
 
-        Inside a span until a third of what is in flight has arrived, outside until shortly before the next span that
+        Inside a span until a third of what is queued has left, outside until shortly before the next span that
         can carry something; from then on, and where nobody knows when that is, a small part of what spans last.
         """
         permit, plan, page = self._permits.get(link), self._plan, self.page
@@ -102,9 +119,9 @@ class Pacer:
             return self._poll_s
         now_ns, (word, began_ns) = self._now_ns(), page.marks()
         fresh = word & 1 and word != permit.conditions[2]  # it opened since the last question
-        served = plan.one_chunk and self._served and not in_flight_bytes
+        served = plan.one_chunk and self._served and not queued_bytes
         if word & 1 and not fresh and not served and now_ns < permit.until_ns:
-            third_s = in_flight_bytes / 3 / plan.bandwidth_bytes_per_s
+            third_s = queued_bytes / 3 / plan.bandwidth_bytes_per_s
             return min(max(third_s, (permit.from_ns - now_ns) / 1e9, _POLL_S), _LONGEST_SLEEP_S)
         if fresh or page.rushing or page.pace is not Pace.PACED:
             return self._poll_s
@@ -125,7 +142,7 @@ class Pacer:
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
-    def _room(self, permit: _Permit, left_bytes: int, in_flight_bytes: int) -> int:
+    def _room(self, permit: _Permit, left_bytes: int, underway: Underway) -> int:
         page, now_ns = self.page, self._now_ns()
         pace, rushing = page.pace, page.rushing
         word, began_ns = page.marks()
@@ -148,11 +165,12 @@ class Pacer:
         if now_ns < began_ns:
             return 0
         permit.ahead_bytes = max(_LEAST_AHEAD_BYTES, plan.bandwidth_bytes_per_s * _AHEAD_NS // 10**9)
-        return self._piece(plan, permit.until_ns - now_ns, left_bytes, in_flight_bytes)
+        return self._piece(plan, permit.until_ns - now_ns, left_bytes, underway)
 
-    def _piece(self, plan: Plan, left_ns: int, left_bytes: int, in_flight_bytes: int) -> int:
+    def _piece(self, plan: Plan, left_ns: int, left_bytes: int, underway: Underway) -> int:
         """Algorithm 2's inner loop: the piece that fits in what is left of the span."""
-        fits = (left_ns - plan.startup_ns) * plan.bandwidth_bytes_per_s // 10**9 - in_flight_bytes
+        in_flight_bytes, queued_bytes = underway
+        fits = (left_ns - plan.startup_ns) * plan.bandwidth_bytes_per_s // 10**9 - queued_bytes
         if plan.one_chunk:
             size = 0 if self._served else min(left_bytes, fits)
         else:

@@ -12,7 +12,7 @@ import pytest
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import wire
 from lightning_gemini.dataplane.pace_page import Pace, PacePage
-from lightning_gemini.dataplane.pacer import Pacer
+from lightning_gemini.dataplane.pacer import Pacer, Underway
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.wire import FRAME_BYTES
 from tests.dataplane.machines import complete_ids, content_of, shard_bytes, write_version
@@ -31,10 +31,10 @@ class Asked:
         self.sent_in_closed_spans: list[int] = []
         real = Pacer.allowance
 
-        def allowance(pacer: Pacer, left_bytes: int, in_flight_bytes: int, link: int = 0) -> int:
+        def allowance(pacer: Pacer, left_bytes: int, underway: Underway, link: int = 0) -> int:
             free = pacer.page.pace is Pace.FREE or pacer.page.rushing
             is_open = pacer.page.span().open
-            size = real(pacer, left_bytes, in_flight_bytes, link)
+            size = real(pacer, left_bytes, underway, link)
             self.refusals += not size
             if size and not is_open and not free and not pacer.page.span().open:
                 self.sent_in_closed_spans.append(size)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_gemini.core.schedule import schedule_chunks
 from lightning_gemini.dataplane.pace_page import Pace, PacePage
-from lightning_gemini.dataplane.pacer import UNLIMITED, Pacer
+from lightning_gemini.dataplane.pacer import UNLIMITED, Pacer, Underway
 
 MS = 1_000_000
 POLL_NS = MS // 2
@@ -48,8 +48,9 @@ class World:
     def in_flight(self) -> int:
         return max(0, self.busy_until_ns - self.now_ns) * RATE // 10**9
 
-    def ask(self, left: int = ALL, in_flight: int = 0, link: int = 0) -> int:
-        return self.pacer.allowance(left, in_flight, link)
+    def ask(self, left: int = ALL, in_flight: int = 0, link: int = 0, queued: int | None = None) -> int:
+        underway = Underway(in_flight, in_flight if queued is None else queued)
+        return self.pacer.allowance(left, underway, link)
 
     def pass_ms(self, duration: float) -> None:
         self.now_ns += int(duration * MS)
@@ -139,6 +140,18 @@ def test_startup_and_what_is_on_its_way_take_their_time(world: World) -> None:
     assert world.ask() == 150_000
     assert world.ask(in_flight=100_000) == 50_000
     assert world.ask(in_flight=150_000) == 0
+
+
+def test_what_has_left_takes_no_time_of_the_span_but_room_in_the_window(world: World) -> None:
+    world.plan(2.0, chunk=150_000, window=160_000, startup_s=0.0005)
+    world.open(0)
+    assert world.ask(in_flight=100_000, queued=0) == 0  # 150,000 more would be too many in flight
+    world.plan(2.0, chunk=150_000, window=500_000, startup_s=0.0005)
+    assert world.ask(in_flight=100_000, queued=0) == 150_000
+    assert world.ask(in_flight=100_000, queued=20_000) == 130_000
+    assert world.ask(left=90_000, in_flight=0, queued=0, link=1) == 0  # the link at 0 has 150,000 queued by now
+    world.pacer.finish()
+    assert world.ask(left=90_000, in_flight=0, queued=0, link=1) == 90_000
 
 
 def test_a_span_beyond_the_plan_has_no_length(world: World) -> None:

@@ -83,3 +83,17 @@ def test_a_silent_sender_whose_machine_vanishes_is_given_up(machines: Namespaces
         server.stdin.write("cut\n")
         server.stdin.flush()
         assert line_of(server) == "given up"
+
+
+def test_what_has_left_a_machine_is_known_before_its_peer_acknowledges_it(machines: Namespaces) -> None:
+    """Acknowledgements wait behind what the peer sends itself."""
+    address, port = machines.address(1), "29400"  # the machines are the test's own
+    with end_of_link(machines, 1, "meet", address, port, "listen") as there:
+        assert line_of(there) == "listening"
+        with end_of_link(machines, 0, "meet", address, port, "connect") as here:
+            for end in (here, there):
+                found = json.loads(line_of(end))
+                assert all(0 <= queued <= in_flight for in_flight, queued in found)
+                assert any(queued > 0 for _, queued in found)
+                assert any(queued < in_flight for in_flight, queued in found)
+                assert found[-1] == [0, 0]

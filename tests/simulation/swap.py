@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning_gemini.dataplane import snapshot
+from lightning_gemini.dataplane.pacer import Underway
 from tests.simulation import memory, processes, sockets, threads
 from tests.simulation.scheduler import Active
 
@@ -108,7 +109,7 @@ _PARTS: dict[str, dict[str, Any]] = {
     "dataplane.snapshot": {"SimpleQueue": threads.SimpleQueue, "_pieces": _pieces},
     "dataplane.transport.chunk_stream": {"_POLL_S": 0.003},
     "dataplane.pacer": {"_POLL_S": 0.003, "_LONGEST_POLL_S": 0.003},
-    "dataplane.transport.paced_stream": {"in_flight_bytes": lambda sock: 0},
+    "dataplane.transport.paced_stream": {"underway": lambda sock: Underway()},
     "dataplane.store": {"require_memory": lambda *_, **__: None},
 }
 

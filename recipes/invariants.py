@@ -109,7 +109,8 @@ def _freshness(run: Run, holders: Sequence[Sequence[int]]) -> Iterator[str]:
         (_, version), since = newest
         event = by_generation.get(generation)
         if event is None:
-            yield f"generation {generation} started from scratch although version {version} was committed"
+            if _persisted(run, generation) or not _unservable(run, holders, newest[0], since, _began(run, generation)):
+                yield f"generation {generation} started from scratch although version {version} was committed"
         elif not _unservable(run, holders, newest[0], since, event.ended):
             if event.tier not in _MEMORY:
                 yield (
@@ -132,6 +133,18 @@ def newest_committed(run: Run, before_generation: int) -> tuple[tuple[int, int],
             if key[0] < before_generation:
                 committed[key] = min(record["time"], committed.get(key, record["time"]))
     return (max(committed), committed[max(committed)]) if committed else None
+
+
+def _persisted(run: Run, before_generation: int) -> bool:
+    """Whether an earlier generation left a checkpoint in the persistent tier."""
+    return any(event["event"] == "persisted" and event["generation"] < before_generation for event in run.events)
+
+
+def _began(run: Run, generation: int) -> float:
+    """When its first step was over."""
+    return min(
+        record["time"] for records in run.steps.values() for record in records if record["generation"] == generation
+    )
 
 
 def _trained(run: Run) -> list[int]:

@@ -36,7 +36,6 @@ class GeminiCheckpoint(Checkpoint):
         self._publisher: VersionPublisher | None = None
         self._resume: dict[str, Any] | None = None
         self._settled_step = 0
-        self._last_persist = time.monotonic()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse other strategies, and what cannot be checkpointed from memory."""
@@ -59,7 +58,6 @@ class GeminiCheckpoint(Checkpoint):
         )
         self._settled_step = state.zero.step
         self._publisher = state.open(lightning_state(trainer))
-        self._last_persist = time.monotonic()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -102,7 +100,11 @@ class GeminiCheckpoint(Checkpoint):
         assert self._publisher is not None
         began = time.perf_counter()
         try:
-            extra = {"random": capture_random(), "profile": state.traffic.packed_profile}
+            extra = {
+                "random": capture_random(),
+                "profile": state.traffic.packed_profile,
+                "persisted_at": state.persistent.written_at if state.persistent is not None else None,
+            }
             draft = state.draft(lightning_state(trainer), extra)
         except Exception as error:  # a user's hook, an object that cannot be pickled: training must go on
             log.warning("version %d cannot be taken: %s", step, error, exc_info=True)
@@ -114,17 +116,13 @@ class GeminiCheckpoint(Checkpoint):
 
     def _persist_if_due(self, state: JobState) -> None:
         assert self._publisher is not None
-        store = state.persister
-        if store is None:
+        tier, publisher = state.persistent, self._publisher
+        if tier is None:
             return
-        if self._publisher.agreed.persist:
-            self._last_persist = time.monotonic()
-            buffer, version = self._publisher.committed_buffer(), self._publisher.committed
-            if buffer is not None and version is not None:
-                store.start(buffer, version)
-        due = time.monotonic() - self._last_persist >= state.config.persist_every_s
-        if due and state.identity.global_rank == 0 and not store.busy:
-            self._publisher.votes.persist = True
+        if publisher.agreed.persist:
+            tier.write(publisher.committed_buffer(), publisher.committed)
+        if tier.wanted:
+            publisher.votes.persist = True
 
 
 def _strategy(trainer: pl.Trainer) -> GeminiStrategy:

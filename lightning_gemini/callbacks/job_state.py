@@ -5,32 +5,29 @@ from __future__ import annotations
 import json
 import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_gemini.callbacks.data_position import set_aside_positions
 from lightning_gemini.callbacks.peer_exchange import PeerExchange
 from lightning_gemini.callbacks.peer_memory import PeerMemory, RestoredShard
+from lightning_gemini.callbacks.persistent_tier import PersistentTier
 from lightning_gemini.callbacks.publisher import VersionPublisher
 from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity
 from lightning_gemini.callbacks.traffic import TrafficScheduler
 from lightning_gemini.config import CheckpointConfig
-from lightning_gemini.controlplane import standalone
 from lightning_gemini.controlplane.events import EventLog, append_line
 from lightning_gemini.controlplane.refusal import report_refusal
-from lightning_gemini.core.recovery import Tier, VersionId
+from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.core.scheme import Scheme
-from lightning_gemini.dataplane import persistent_directory, shard
+from lightning_gemini.dataplane import shard
 from lightning_gemini.dataplane.collective_tap import CollectiveTap
-from lightning_gemini.dataplane.persister import Persister
 from lightning_gemini.dataplane.profiler import Profiler
 from lightning_gemini.dataplane.shard import Draft
 from lightning_gemini.dataplane.slab import Slab
 from lightning_gemini.dataplane.snapshot import Snapshotter
-from lightning_gemini.errors import GeminiError, LayoutMismatchError, PersistError
+from lightning_gemini.errors import GeminiError, LayoutMismatchError
 from lightning_gemini.strategies.zero_state import ZeroState
 
 if TYPE_CHECKING:
@@ -68,7 +65,7 @@ class JobState:
         self._planner = shard.Planner()
         self.found: RestoredShard | None = None
         self._declined: VersionId | None = None
-        self.persister = self._make_persister(root_dir)
+        self.persistent = self._open_persistent_tier(root_dir)
         self.finished = False
         self._device = engine.device
         self._publisher: VersionPublisher | None = None
@@ -162,34 +159,15 @@ class JobState:
         if errors:
             raise error or errors[0]
 
-    def _find_persistent(self) -> RestoredShard | None:
-        store = self.persister
-        if store is None:
+    def _open_persistent_tier(self, root_dir: str) -> PersistentTier | None:
+        if not self.config.persist_every_s:
             return None
-        began = time.monotonic()
-        directory = store.directory
-        candidates = self.group.from_first(persistent_directory.resumable(directory))
-        for name in candidates:
-            found = self._read_persistent(directory / name, began)
-            if all(self.group.gather(found is not None)):
-                return found
-        return None
+        return PersistentTier(
+            self.config, self.identity, self.group, root_dir, probe=not self.is_restart, events=self.events
+        )
 
-    def _read_persistent(self, path: Path, began: float) -> RestoredShard | None:
-        rank = self.identity.global_rank
-        try:
-            stable, volatile, world_size = persistent_directory.load(path, rank, partitioned=self.zero.partitioned)
-        except PersistError as error:
-            log.warning("%s; trying an older one", error)
-            return None
-        here = self.identity.machines * self.identity.nproc_per_machine
-        if world_size != here:
-            raise LayoutMismatchError(
-                f"the persistent checkpoint {path} was written by {world_size} ranks, this run has {here}: "
-                "use as many, convert it (DeepSpeed Universal Checkpointing), or choose another persist_dir"
-            )
-        version = int(volatile["counters"]["global_steps"])
-        return RestoredShard(version, None, Tier.PERSISTENT, stable, volatile, time.monotonic() - began)
+    def _find_persistent(self) -> RestoredShard | None:
+        return self.persistent.find(partitioned=self.zero.partitioned) if self.persistent is not None else None
 
     # -- publish -----------------------------------------------------------------------------------------------------
 
@@ -221,6 +199,8 @@ class JobState:
             record=_cost_log(self.identity.global_rank),
         )
         self._publisher.votes = self.traffic.votes
+        if self.persistent is not None:
+            self.persistent.begin(self.found)
         self.found = None  # frees the restored tensors
         if self._profiler is not None:
             profiler = self._profiler
@@ -298,35 +278,9 @@ class JobState:
             self.exchange.close(orderly=self.finished)
         if self._snapshotter is not None:
             self._snapshotter.close()
-        if self.persister is not None:
-            self.persister.close()
-            if self.finished:
-                self.persister.mark_finished()
+        if self.persistent is not None:
+            self.persistent.close(finished=self.finished)
         self.memory.close(finished=self.finished)
-
-    def _make_persister(self, root_dir: str) -> Persister | None:
-        if not self.config.persist_every_s:
-            return None
-        explicit = self.config.persist_dir
-        if explicit is not None:
-            self._require_writable(explicit)
-        directory = explicit or self.group.from_first(_default_directory(root_dir))
-        world_size = self.identity.machines * self.identity.nproc_per_machine
-        made = Persister(Path(directory), self.identity.global_rank, world_size, _deepspeed_files, _recovery_scripts())
-        made.discard_abandoned()
-        return made
-
-    def _require_writable(self, directory: Path) -> None:
-        """A run that goes on after a failure is not refused for its disk's sake: the persister says what is wrong."""
-        error: PersistError | None = None
-        try:
-            if self.identity.local_rank == 0 and not self.is_restart:
-                persistent_directory.probe(directory)
-        except PersistError as failure:
-            error = failure
-        failures = [failure for failure in self.group.gather(error) if failure is not None]
-        if failures:
-            raise error or failures[0]
 
 
 def _cost_log(rank: int) -> Callable[[dict[str, Any]], None]:
@@ -337,21 +291,3 @@ def _cost_log(rank: int) -> Callable[[dict[str, Any]], None]:
     path = Path(run_dir) / "stats" / f"rank{rank}.jsonl"
     path.parent.mkdir(exist_ok=True)
     return lambda costs: append_line(path, json.dumps({"time": time.time(), **costs}))
-
-
-def _default_directory(root_dir: str) -> Path:
-    run_dir = os.environ.get("LIGHTNING_GEMINI_RUN_DIR")
-    if run_dir:
-        return Path(run_dir) / "persistent"
-    return Path(root_dir).resolve() / "gemini" / standalone.job_id(sys.argv, os.getcwd())
-
-
-def _deepspeed_files(stable: dict[str, Any], volatile: dict[str, Any]) -> dict[str, Any]:
-    return ZeroState.files(stable, volatile, set_aside_positions(volatile["lightning"]))
-
-
-def _recovery_scripts() -> tuple[Path, ...]:
-    import deepspeed
-
-    folder = Path(deepspeed.__file__).parent / "utils"
-    return tuple(path for name in ("zero_to_fp32.py",) if (path := folder / name).exists())

@@ -55,12 +55,19 @@ class Persister:
         world_size: Number of ranks.
         files_of: Turns a decoded shard into DeepSpeed's files, name to content.
         scripts: Files copied beside the checkpoints, for people (``zero_to_fp32.py``).
+        announce: Told on rank 0, by name and fields, what happened: ``persisted``.
     """
 
     def __init__(
-        self, directory: Path, rank: int, world_size: int, files_of: FilesOf, scripts: tuple[Path, ...] = ()
+        self,
+        directory: Path,
+        rank: int,
+        world_size: int,
+        files_of: FilesOf,
+        scripts: tuple[Path, ...] = (),
+        announce: Callable[..., object] = lambda event, **fields: None,
     ) -> None:
-        self.directory = directory
+        self.directory, self._announce = directory, announce
         self._rank, self._world_size, self._files_of, self._scripts = rank, world_size, files_of, scripts
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
@@ -117,7 +124,9 @@ class Persister:
             if self.failures:
                 log.warning("version %d: rank %d persists again, after %d failures", *self._recovered(version))
             if self._rank == 0:
-                log.info("version %d persisted in %.1f s", version.version, time.monotonic() - began)
+                seconds = time.monotonic() - began
+                log.info("version %d persisted in %.1f s", version.version, seconds)
+                self._announce("persisted", version=version.version, seconds=seconds)
         except Exception as error:  # whatever it was, training must go on
             if self._ending.is_set():
                 log.warning("version %d was not persisted to %s: the run ended first", version.version, self.directory)

@@ -72,6 +72,18 @@ def starts_from_scratch(run: WrittenRun) -> None:
     run.train(3)
 
 
+def starts_from_scratch_although_something_is_on_disk(run: WrittenRun) -> None:
+    run.train(8).event("persisted", version=6, seconds=0.1)
+    lose_a_group_and_start_from_scratch(run)
+
+
+def lose_a_group_and_start_from_scratch(run: WrittenRun) -> None:
+    run.event("fault_injected", kind="group", nodes=[0, 1], node=0, pids=[1, 2], signal="SIGKILL")
+    run.generation, run.step = run.generation + 1, 0
+    run.event("generation_started")
+    run.train(3)
+
+
 def leaves_a_step_out(run: WrittenRun) -> None:
     run.train(8).fail("software", [1], 8, {})
     run.step = 9
@@ -109,6 +121,7 @@ def restores_twice(run: WrittenRun) -> None:
         (falls_back_for_a_flip_that_another_holder_has_not, "restored from persistent although"),
         (falls_back_for_a_flip_long_ago, "restored from persistent although"),
         (starts_from_scratch, "started from scratch although version 8 was committed"),
+        (starts_from_scratch_although_something_is_on_disk, "started from scratch although version 8 was committed"),
         (leaves_a_step_out, "rank 0: expected steps from 9 on, found 10"),
         (trains_a_step_twice, "rank 0: expected steps from 1 on"),
         (starts_a_generation_twice, "generation 1 started after generation 1"),
@@ -126,6 +139,12 @@ def test_a_machine_that_was_given_up_counts_as_lost(tmp_path: Path) -> None:
     run = WrittenRun(tmp_path).train(8)
     run.event("failure_detected", kind="hardware", nodes_lost=[1], detail="does not answer")
     run.fail("hardware", [0], 3, PERSISTENT).train(9)
+    assert found(run) == []
+
+
+def test_without_holders_and_without_a_checkpoint_on_disk_it_may_start_from_scratch(tmp_path: Path) -> None:
+    run = WrittenRun(tmp_path).train(8)
+    lose_a_group_and_start_from_scratch(run)
     assert found(run) == []
 
 

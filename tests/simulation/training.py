@@ -73,6 +73,7 @@ class Trainer:
         self._weight, self._step = truth.mix(self._rank), 0
         self._tensor = _INDICES * self._weight
         self._planner = shard.Planner()
+        self._persisted_at = scheduler.now
 
     def run(self) -> None:
         """Restores, trains to the end, and leaves."""
@@ -105,6 +106,7 @@ class Trainer:
 
     def _load(self, version: int, stable: dict[str, Any], volatile: dict[str, Any]) -> None:
         weight, step = int(volatile["weight"]), int(volatile["step"])
+        self._persisted_at = float(volatile["persisted_at"])
         if not torch.equal(stable["tensor"], _INDICES * weight):
             self._checks.violated(2, f"rank {self._rank} restored a torn tensor of version {version}")
         self._begin_at(step, weight)
@@ -163,10 +165,11 @@ class Trainer:
             self._slab.pace.set_pace(Pace.PACED)
 
     def _draft(self) -> shard.Draft:
-        return self._planner.draft(lambda: {"tensor": self._tensor}, {"step": self._step, "weight": self._weight})
+        volatile = {"step": self._step, "weight": self._weight, "persisted_at": self._persisted_at}
+        return self._planner.draft(lambda: {"tensor": self._tensor}, volatile)
 
     def _train(self, publisher: VersionPublisher) -> None:
-        settled, self._last_persist = self._step, Active.scheduler.now
+        settled = self._step
         while self._step < self._program.steps:
             newest = publisher.newest
             if self._step != settled or newest is None:
@@ -201,10 +204,10 @@ class Trainer:
     def _persist_if_due(self, publisher: VersionPublisher) -> None:
         now = Active.scheduler.now
         if publisher.agreed.persist:
-            self._last_persist = now
+            self._persisted_at = now
             buffer, version = publisher.committed_buffer(), publisher.committed
             if buffer is not None and version is not None:
                 self._persister.start(buffer, version)
-        due = now - self._last_persist >= self._program.persist_every_s
+        due = now - self._persisted_at >= self._program.persist_every_s
         if due and self._rank == 0 and not self._persister.busy:
             publisher.votes.persist = True

@@ -55,6 +55,17 @@ def test_lost_memory_is_restored_from_disk(
     assert_same_training(undisturbed(**{**options, "strategy": {"stage": stage}, "pace_s": 0.0}), job.attempts)
 
 
+def test_the_interval_of_the_persistent_tier_goes_on_over_recoveries(make_job: MakeJob, tmp_path: Path) -> None:
+    hour_s = 3600.0
+    job = make_job(**persisting(tmp_path, 1, persist_every_s=hour_s))
+    job.run(stop={**STOP, "step": 3})
+    assert job.run(stop={**STOP, "step": 6}, clock_ahead_s=0.6 * hour_s).start["tier"] == "local_memory"
+    assert saved(tmp_path) == []
+    outcome = job.run(clock_ahead_s=1.2 * hour_s)
+    assert outcome.start["tier"] == "local_memory", outcome.output
+    assert len(saved(tmp_path)) == 1, outcome.output
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_others_can_read_the_persistent_tier(make_job: MakeJob, tmp_path: Path, stage: int) -> None:
     job = make_job(**persisting(tmp_path, stage))

@@ -94,11 +94,16 @@ def test_the_groups_own_replacement_counts_so_that_nothing_is_started_twice(
     operator.start_machine()
     [lost] = operator.machines()
     provider.end(lost.name)
-    by_name = {machine.name: machine.state for machine in operator.machines()}
-    assert by_name.pop(lost.name) is MachineState.ENDED
-    assert list(by_name.values()) == [MachineState.RUNNING], "Auto Scaling has replaced it by itself"
+
+    def by_name() -> dict[str, MachineState]:
+        return {machine.name: machine.state for machine in operator.machines()}
+
+    # What was asked a moment ago is not asked again.
+    wait_until(lambda: by_name()[lost.name] is MachineState.ENDED, "the operator sees it")
+    [(replacement, state)] = [(name, state) for name, state in by_name().items() if name != lost.name]
+    assert state is MachineState.RUNNING, "Auto Scaling has replaced it by itself"
     operator.destroy_machine(lost.name)
-    assert {machine.name for machine in operator.machines()} == set(by_name)
+    assert {machine.name for machine in operator.machines()} == {replacement}
     assert cloud.group()["DesiredCapacity"] == 1, "to forget a lost instance does not give up its replacement"
     operator.close()
 

@@ -71,8 +71,8 @@ def buffer_with(rank: int, step: int, mark: str = "") -> Buffer:
     return buffer
 
 
-def persister(directory: Path, rank: int, world: int = WORLD, scripts: tuple[Path, ...] = ()) -> Persister:
-    return Persister(directory, rank, world, files_of, scripts)
+def persister(directory: Path, rank: int, world: int = WORLD, scripts: tuple[Path, ...] = (), **more: Any) -> Persister:
+    return Persister(directory, rank, world, files_of, scripts, **more)
 
 
 def write(directory: Path, rank: int, step: int, world: int = WORLD) -> None:
@@ -137,6 +137,19 @@ def test_every_rank_of_a_partitioned_model_reads_the_weights(tmp_path: Path) -> 
     persist(tmp_path, 3)
     stable, _, _ = load(tmp_path / "global_step3", 1, partitioned=True)
     assert list(stable["parameters"]) == ["weight"]  # buffers come with the rest of the state
+
+
+def test_a_checkpoint_is_announced_once_it_is_the_latest_and_by_rank_0_alone(tmp_path: Path) -> None:
+    told: list[tuple[int, str, int, str]] = []
+    for rank in reversed(range(WORLD)):
+
+        def announce(event: str, *, version: int, seconds: float, rank: int = rank) -> None:
+            told.append((rank, event, version, latest(tmp_path)))
+
+        buffer = buffer_with(rank, 5)
+        persister(tmp_path, rank, announce=announce)._run(buffer, VersionId(1, 5))
+        buffer.close()
+    assert told == [(0, "persisted", 5, "global_step5")]
 
 
 def test_the_two_newest_are_kept(tmp_path: Path) -> None:

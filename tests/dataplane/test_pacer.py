@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gemini.core.schedule import schedule_chunks
+from lightning_gemini.dataplane import pace_page
 from lightning_gemini.dataplane.pace_page import Pace, PacePage
 from lightning_gemini.dataplane.pacer import UNLIMITED, Pacer, Underway
 
@@ -469,12 +470,12 @@ def test_while_a_plan_is_written_the_last_one_counts(world: World) -> None:
     assert world.ask() == 200_000
     sequence = world.page.words[16]
     world.page.words[16] = sequence + 1
-    world.page.words[25] = 0
+    world.page.words[pace_page._CHECKSUM] = 0
     assert world.ask() == 200_000
     world.plan(1.0)
     assert world.ask() == 100_000
     world.page.words[16] += 1  # and this one is never finished
-    world.page.words[25] = 0
+    world.page.words[pace_page._CHECKSUM] = 0
     assert world.ask() == 100_000
     world.pass_ms(101)
     assert world.ask() == ALL

@@ -16,7 +16,7 @@ from lightning_gemini.callbacks.publisher import Votes
 from lightning_gemini.callbacks.ranks import RankGroup
 from lightning_gemini.callbacks.traffic_plan import Plan, Planner, figures, sentence
 from lightning_gemini.config import SCHEDULES, CheckpointConfig
-from lightning_gemini.core.drift import DriftWatch
+from lightning_gemini.core.drift import DriftWatch, overhead
 from lightning_gemini.core.idle_spans import IdleProfile, IterationTrace, average
 from lightning_gemini.core.scheme import Scheme
 from lightning_gemini.dataplane import shard
@@ -31,6 +31,8 @@ _PATIENCE = 5  # profiling is given up after so many times the iterations that i
 _REVISIT_ITERATIONS = 500
 _LEAST_SHARE = 0.25
 _LESS = 0.8
+_SAME = 0.1  # part by which two profiles of the same training may differ in an iteration's duration
+_FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 1024  # iterations that are compared with profiled ones
 
 
 class TrafficScheduler:
@@ -74,6 +76,8 @@ class TrafficScheduler:
         self._link: LinkSpeed | None = None
         self._share = 1.0  # of the measured bandwidth, where plans that count on all of it keep failing
         self._watch: DriftWatch | None = None
+        self._patience = _FIRST_PATIENCE
+        self._paced_s: tuple[float, ...] = ()  # what iterations took under the plan that a new profile is to replace
         self._planned_at = 0
         self._profiling = profiler is not None
         self._traces: list[IterationTrace] = []
@@ -191,6 +195,8 @@ class TrafficScheduler:
         self._profiling, self._candidate, self._quiet_begun = True, None, 0
         self._traces.clear()
         self.votes.profile = self.votes.plan = False
+        if self._watch is not None:
+            self._paced_s = tuple(self._watch.durations_s)
         self._watch = None
 
     # -- planning ------------------------------------------------------------------------------------------------------
@@ -218,9 +224,20 @@ class TrafficScheduler:
         newest = self._slab.newest_started()
         if self._candidate is None or self._link is None or newest is None:
             return None
+        self._compare(self._candidate)
         link = LinkSpeed(self._link.bandwidth_bytes_per_s * self._share, self._link.startup_s)
         scheme = self.scheme if self.scheme.paced else Scheme.INTERLEAVED
         return self._planner.plan(scheme, self._candidate, link, newest.data_bytes)
+
+    def _compare(self, profile: IdleProfile) -> None:
+        """Count on less where the last plan made iterations longer than the budget allows, as they are without now."""
+        paced_s, self._paced_s = self._paced_s, ()
+        if paced_s:  # or training that is never alike would be profiled for ever
+            self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
+        before = self.plan.profile if self.plan is not None else profile
+        same = before.shape == profile.shape and abs(before.iteration_s / profile.iteration_s - 1) <= _SAME
+        if same and len(paced_s) >= _FIRST_PATIENCE // 2 and overhead(paced_s, profile) > self._config.overhead_budget:
+            self._share = max(_LEAST_SHARE, self._share * _LESS)
 
     def _go_unscheduled(self, rank: int) -> None:
         self.plan = self._watch = self.packed_profile = None
@@ -243,8 +260,7 @@ class TrafficScheduler:
 
     def _watch_plan(self) -> None:
         if self.plan is not None and not self._profiling:
-            budget_s = self._config.overhead_budget * self._every * self.plan.profile.iteration_s
-            self._watch = DriftWatch(self.plan.profile, budget_s)
+            self._watch = DriftWatch(self.plan.profile, self._every, self._config.overhead_budget, self._patience)
 
     # -- the local copy ------------------------------------------------------------------------------------------------
 

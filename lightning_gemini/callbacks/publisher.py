@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
 from lightning_gemini.callbacks.ranks import RankGroup
+from lightning_gemini.callbacks.votes import Votes
 from lightning_gemini.core.consistency import BufferView, writable_buffer
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.shard import Draft
@@ -23,31 +23,6 @@ log = logging.getLogger(__name__)
 _POLL_S = 0.0005
 _PENDING = -1
 _FAILED = -2
-
-
-@dataclass(slots=True)
-class Votes:
-    """What ranks tell each other along with what is complete, so that all of them act on it at the same step.
-
-    Attributes:
-        persist: Rank 0 wishes the version on the persistent tier too.
-        profile: Some rank wishes a new profile of the idle spans.
-        plan: Every rank has the profile that a plan takes.
-    """
-
-    persist: bool = False
-    profile: bool = False
-    plan: bool = False
-
-    def cast(self) -> list[int]:
-        """As values whose minimum over all ranks says the same of all of them."""
-        return [-int(self.persist), -int(self.profile), int(self.plan)]
-
-    @staticmethod
-    def counted(minima: list[int]) -> Votes:
-        """The outcome."""
-        persist, profile, plan = minima
-        return Votes(bool(persist), bool(profile), bool(plan))
 
 
 class VersionPublisher:

@@ -12,9 +12,9 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from lightning_gemini.callbacks.publisher import Votes
 from lightning_gemini.callbacks.ranks import RankGroup
 from lightning_gemini.callbacks.traffic_plan import Plan, Planner, figures, sentence
+from lightning_gemini.callbacks.votes import Votes
 from lightning_gemini.config import SCHEDULES, CheckpointConfig
 from lightning_gemini.core.drift import DriftWatch, overhead
 from lightning_gemini.core.idle_spans import IdleProfile, IterationTrace, average

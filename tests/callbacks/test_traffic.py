@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lightning_gemini.callbacks.publisher import Votes
 from lightning_gemini.callbacks.traffic import TrafficScheduler
+from lightning_gemini.callbacks.votes import Votes
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.core.idle_spans import Collective, IterationTrace
 from lightning_gemini.core.recovery import VersionId

@@ -75,6 +75,7 @@ class TrafficScheduler:
         self._every = config.checkpoint_every
         self._link: LinkSpeed | None = None
         self._share = 1.0  # of the measured bandwidth, where plans that count on all of it keep failing
+        self._safety = config.safety  # less, where iterations get longer although everything is sent in its span
         self._watch: DriftWatch | None = None
         self._patience = _FIRST_PATIENCE
         self._paced_s: tuple[float, ...] = ()  # what iterations took under the plan that a new profile is to replace
@@ -140,6 +141,7 @@ class TrafficScheduler:
             self._profile_again()
         elif not self._profiling and step - self._planned_at >= _REVISIT_ITERATIONS and self._backed_off:
             self._share = min(1.0, self._share / _LESS)
+            self._safety = min(self._config.safety, self._safety / _LESS)
             self._wish_profile("time to look whether versions can be taken more often")
 
     def is_due(self, step: int) -> bool:
@@ -227,17 +229,20 @@ class TrafficScheduler:
         self._compare(self._candidate)
         link = LinkSpeed(self._link.bandwidth_bytes_per_s * self._share, self._link.startup_s)
         scheme = self.scheme if self.scheme.paced else Scheme.INTERLEAVED
-        return self._planner.plan(scheme, self._candidate, link, newest.data_bytes)
+        return self._planner.plan(scheme, self._candidate, link, newest.data_bytes, self._safety)
 
     def _compare(self, profile: IdleProfile) -> None:
-        """Count on less where the last plan made iterations longer than the budget allows, as they are without now."""
+        """Use less of every span where the last plan made iterations longer than allowed, against what they take now.
+
+        What is not used lies at both ends, where ranks that are not in step meet.
+        """
         paced_s, self._paced_s = self._paced_s, ()
         if paced_s:  # or training that is never alike would be profiled for ever
             self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
         before = self.plan.profile if self.plan is not None else profile
         same = before.shape == profile.shape and abs(before.iteration_s / profile.iteration_s - 1) <= _SAME
         if same and len(paced_s) >= _FIRST_PATIENCE // 2 and overhead(paced_s, profile) > self._config.overhead_budget:
-            self._share = max(_LEAST_SHARE, self._share * _LESS)
+            self._safety = max(_LEAST_SHARE * self._config.safety, self._safety * _LESS)
 
     def _go_unscheduled(self, rank: int) -> None:
         self.plan = self._watch = self.packed_profile = None

@@ -175,14 +175,22 @@ def test_a_plan_that_keeps_making_training_wait_trusts_the_link_less(slab: Slab)
     assert world.told[1][1]["bandwidth_bytes_per_s"] == pytest.approx(0.8e8)
 
 
-def test_a_plan_that_makes_iterations_longer_than_the_budget_allows_trusts_the_link_less(slab: Slab) -> None:
+def test_a_plan_that_makes_iterations_longer_than_the_budget_allows_is_replaced_by_one_that_uses_less_of_every_span(
+    slab: Slab,
+) -> None:
     world = World(slab)
     world.run(20)
     world.cost_s = 0.02  # of 0.5 s; the budget is 1 %
     world.run(62)
     assert len(world.told) == 1
     world.run(30)
-    assert [fields["bandwidth_bytes_per_s"] for _, fields in world.told] == pytest.approx([1e8, 0.8e8])
+    assert [fields["safety"] for _, fields in world.told] == pytest.approx([0.8, 0.64])
+    assert {fields["bandwidth_bytes_per_s"] for _, fields in world.told} == {1e8}
+    paced = slab.pace.plan()
+    assert paced is not None
+    assert paced.usable_ns[:2] == pytest.approx((64e6, 128e6), abs=1000)
+    leads_ns = [usable_ns * paced.lead_ppm / 1e6 for usable_ns in paced.usable_ns[:2]]
+    assert leads_ns == pytest.approx((18e6, 36e6), abs=1000), "as much is left alone before it as behind it"
     world.cost_s = 0.004
     world.run(300)
     assert len(world.told) == 2, "within the budget it stays"
@@ -193,7 +201,7 @@ def test_training_that_got_slower_by_itself_is_profiled_anew_and_nothing_else_ch
     world.run(20)
     world.profiler.idle_s = (0.11, 0.21)
     world.run(300)
-    assert [fields["bandwidth_bytes_per_s"] for _, fields in world.told] == pytest.approx([1e8, 1e8])
+    assert [fields["safety"] for _, fields in world.told] == [0.8, 0.8]
     assert world.told[1][1]["idle_s"] == pytest.approx(0.32)
 
 

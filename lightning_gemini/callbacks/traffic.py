@@ -16,7 +16,7 @@ from lightning_gemini.callbacks.ranks import RankGroup
 from lightning_gemini.callbacks.traffic_plan import Plan, Planner, figures, sentence
 from lightning_gemini.callbacks.votes import Votes
 from lightning_gemini.config import SCHEDULES, CheckpointConfig
-from lightning_gemini.core.drift import DriftWatch, overhead
+from lightning_gemini.core.drift import DriftWatch
 from lightning_gemini.core.idle_spans import IdleProfile, IterationTrace, average
 from lightning_gemini.core.scheme import Scheme
 from lightning_gemini.dataplane import shard
@@ -31,8 +31,6 @@ _PATIENCE = 5  # profiling is given up after so many times the iterations that i
 _REVISIT_ITERATIONS = 500
 _LEAST_SHARE = 0.25
 _LESS = 0.8
-_SAME = 0.1  # part by which two profiles of the same training may differ in an iteration's duration
-_FIRST_PATIENCE, _LONGEST_PATIENCE = 64, 1024  # iterations that are compared with profiled ones
 
 
 class TrafficScheduler:
@@ -75,10 +73,7 @@ class TrafficScheduler:
         self._every = config.checkpoint_every
         self._link: LinkSpeed | None = None
         self._share = 1.0  # of the measured bandwidth, where plans that count on all of it keep failing
-        self._safety = config.safety  # less, where iterations get longer although everything is sent in its span
         self._watch: DriftWatch | None = None
-        self._patience = _FIRST_PATIENCE
-        self._paced_s: tuple[float, ...] = ()  # what iterations took under the plan that a new profile is to replace
         self._planned_at = 0
         self._profiling = profiler is not None
         self._traces: list[IterationTrace] = []
@@ -141,7 +136,6 @@ class TrafficScheduler:
             self._profile_again()
         elif not self._profiling and step - self._planned_at >= _REVISIT_ITERATIONS and self._backed_off:
             self._share = min(1.0, self._share / _LESS)
-            self._safety = min(self._config.safety, self._safety / _LESS)
             self._wish_profile("time to look whether versions can be taken more often")
 
     def is_due(self, step: int) -> bool:
@@ -197,8 +191,6 @@ class TrafficScheduler:
         self._profiling, self._candidate, self._quiet_begun = True, None, 0
         self._traces.clear()
         self.votes.profile = self.votes.plan = False
-        if self._watch is not None:
-            self._paced_s = tuple(self._watch.durations_s)
         self._watch = None
 
     # -- planning ------------------------------------------------------------------------------------------------------
@@ -226,23 +218,9 @@ class TrafficScheduler:
         newest = self._slab.newest_started()
         if self._candidate is None or self._link is None or newest is None:
             return None
-        self._compare(self._candidate)
         link = LinkSpeed(self._link.bandwidth_bytes_per_s * self._share, self._link.startup_s)
         scheme = self.scheme if self.scheme.paced else Scheme.INTERLEAVED
-        return self._planner.plan(scheme, self._candidate, link, newest.data_bytes, self._safety)
-
-    def _compare(self, profile: IdleProfile) -> None:
-        """Use less of every span where the last plan made iterations longer than allowed, against what they take now.
-
-        What is not used lies at both ends, where ranks that are not in step meet.
-        """
-        paced_s, self._paced_s = self._paced_s, ()
-        if paced_s:  # or training that is never alike would be profiled for ever
-            self._patience = min(2 * self._patience, _LONGEST_PATIENCE)
-        before = self.plan.profile if self.plan is not None else profile
-        same = before.shape == profile.shape and abs(before.iteration_s / profile.iteration_s - 1) <= _SAME
-        if same and len(paced_s) >= _FIRST_PATIENCE // 2 and overhead(paced_s, profile) > self._config.overhead_budget:
-            self._safety = max(_LEAST_SHARE * self._config.safety, self._safety * _LESS)
+        return self._planner.plan(scheme, self._candidate, link, newest.data_bytes)
 
     def _go_unscheduled(self, rank: int) -> None:
         self.plan = self._watch = self.packed_profile = None
@@ -265,7 +243,8 @@ class TrafficScheduler:
 
     def _watch_plan(self) -> None:
         if self.plan is not None and not self._profiling:
-            self._watch = DriftWatch(self.plan.profile, self._every, self._config.overhead_budget, self._patience)
+            budget_s = self._config.overhead_budget * self._every * self.plan.profile.iteration_s
+            self._watch = DriftWatch(self.plan.profile, budget_s)
 
     # -- the local copy ------------------------------------------------------------------------------------------------
 

@@ -33,7 +33,6 @@ class Plan:
         chunking: How it is cut.
         link: How fast it travels.
         shard_bytes: How large it is.
-        safety: Part of every span that is used.
     """
 
     profile: IdleProfile
@@ -41,7 +40,6 @@ class Plan:
     chunking: Chunking
     link: LinkSpeed
     shard_bytes: int
-    safety: float
 
 
 class Planner:
@@ -55,9 +53,7 @@ class Planner:
     def __init__(self, config: CheckpointConfig, replicas: int) -> None:
         self._config, self._replicas = config, replicas
 
-    def plan(
-        self, scheme: Scheme, profile: IdleProfile, link: LinkSpeed, shard_bytes: int, safety: float
-    ) -> Plan | None:
+    def plan(self, scheme: Scheme, profile: IdleProfile, link: LinkSpeed, shard_bytes: int) -> Plan | None:
         """A plan for one of the paced schemes; ``None``, and a warning, where none can be made."""
         cut = self._cut(scheme, link, shard_bytes)
         try:
@@ -73,12 +69,12 @@ class Planner:
                 startup_s=link.startup_s,
                 buffer_bytes=cut.window_bytes,
                 sub_buffers=cut.sub_buffers,
-                safety=safety,
+                safety=self._config.safety,
             )
         except GeminiError as error:
             log.warning("cannot schedule checkpoint traffic: %s", error)
             return None
-        return Plan(profile, cadence, cut, link, shard_bytes, safety)
+        return Plan(profile, cadence, cut, link, shard_bytes)
 
     def apply(self, page: PacePage, scheme: Scheme, plan: Plan | None) -> None:
         """Tell whoever sends what to do from now on; without a plan everything goes at once."""
@@ -87,14 +83,14 @@ class Planner:
             return
         cut = self._cut(scheme, plan.link, plan.shard_bytes)
         page.set_plan(
-            [plan.safety * mean_s for mean_s in plan.profile.means_s],
+            [self._config.safety * mean_s for mean_s in plan.profile.means_s],
             bandwidth_bytes_per_s=plan.link.bandwidth_bytes_per_s,
             startup_s=plan.link.startup_s,
             chunk_bytes=cut.chunk_bytes,
             window_bytes=cut.window_bytes,
             one_chunk=cut.one_chunk,
             iteration_s=plan.profile.iteration_s,
-            lead=(1 / plan.safety - 1) / 2,  # what is not used lies half before and half behind
+            lead=(1 / self._config.safety - 1) / 2,  # what is not used lies half before and half behind
             periods_s=plan.profile.periods_s,
         )
         page.set_pace(Pace.PACED)
@@ -123,7 +119,6 @@ def figures(plan: Plan) -> dict[str, Any]:
         "overhead": plan.cadence.overhead,
         "bandwidth_bytes_per_s": plan.link.bandwidth_bytes_per_s,
         "startup_s": plan.link.startup_s,
-        "safety": plan.safety,
     }
 
 

@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import deque
-from collections.abc import Sequence
 
 from lightning_gemini.core.idle_spans import IdleProfile, IterationTrace
 
 _ITERATIONS = 8
 _LEAST_CHANGE = 0.25
 _WAITS = 8
-_STANDARD_ERRORS = 3
-
-
-def overhead(durations_s: Sequence[float], profile: IdleProfile) -> float:
-    """By which part iterations take longer than profiled ones, at the least: three standard errors are taken off.
-
-    Args:
-        durations_s: Of iterations with checkpoint traffic, two or more.
-        profile: Of iterations without.
-    """
-    count, mean_s = len(durations_s), statistics.fmean(durations_s)
-    of_these = math.fsum((duration_s - mean_s) ** 2 for duration_s in durations_s) / (count - 1) / count
-    of_those = profile.iteration_std_s**2 / profile.iterations
-    longer_s = mean_s - profile.iteration_s
-    return (longer_s - _STANDARD_ERRORS * math.sqrt(of_these + of_those)) / profile.iteration_s
 
 
 class DriftWatch:
@@ -34,19 +17,11 @@ class DriftWatch:
 
     Args:
         profile: What the plan was made from.
-        every: Iterations from one version to the next.
-        budget: Part by which training may get slower.
-        patience: Iterations whose durations are taken together, to tell a small part from chance.
-
-    Attributes:
-        durations_s: Of the iterations taken last, ``patience`` of them at most.
+        budget_s: Seconds that a version may make training wait.
     """
 
-    def __init__(self, profile: IdleProfile, every: int, budget: float, patience: int) -> None:
-        self._profile, self._budget, self._patience = profile, budget, patience
-        self._budget_s = budget * every * profile.iteration_s
-        self.durations_s: deque[float] = deque(maxlen=patience)
-        self._taken = 0
+    def __init__(self, profile: IdleProfile, budget_s: float) -> None:
+        self._profile, self._budget_s = profile, budget_s
         spread_s = sum(span.std_s**2 for span in profile.spans) ** 0.5
         self._tolerance_s = max(_LEAST_CHANGE * profile.iteration_s, 4 * spread_s)
         self._other_shapes = 0
@@ -58,23 +33,13 @@ class DriftWatch:
         self._other_shapes = self._other_shapes + 1 if trace.shape != self._profile.shape else 0
         if self._other_shapes >= _ITERATIONS:
             return "training's collectives have changed"
-        self._durations.append(trace.duration_s)
+        self._durations.append(trace.ended_s - trace.began_s)
         if len(self._durations) < _ITERATIONS:
             return None
         now_s, then_s = statistics.median(self._durations), self._profile.iteration_s
         if abs(now_s - then_s) > self._tolerance_s:
             return f"an iteration takes {now_s:.3g} s now, {then_s:.3g} s when it was profiled"
-        return self._over_budget(trace.duration_s)
-
-    def _over_budget(self, duration_s: float) -> str | None:
-        self.durations_s.append(duration_s)
-        self._taken += 1
-        if self._taken % self._patience:
-            return None
-        slower = overhead(self.durations_s, self._profile)
-        if slower <= self._budget:
-            return None
-        return f"iterations take {slower:.1%} longer than profiled ones, the budget is {self._budget:.1%}"
+        return None
 
     def take_wait(self, seconds: float) -> str | None:
         """Notes how long training waited for one more version; returns that it keeps being too long, or ``None``."""

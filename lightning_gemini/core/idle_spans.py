@@ -104,7 +104,6 @@ class IdleProfile:
         iteration_s: Mean duration of an iteration.
         iterations: How many were averaged.
         periods_s: Mean time from every span's beginning to that of the next; empty where that is not known.
-        iteration_std_s: The standard deviation of an iteration's duration (of a sample); 0.0 of a single iteration.
     """
 
     shape: Shape
@@ -113,7 +112,6 @@ class IdleProfile:
     iteration_s: float
     iterations: int
     periods_s: tuple[float, ...] = ()
-    iteration_std_s: float = 0.0
 
     @property
     def means_s(self) -> tuple[float, ...]:
@@ -149,15 +147,13 @@ def average(traces: Sequence[IterationTrace]) -> IdleProfile:
                 f"an idle profile is of iterations alike: number 0 has {_summary(first)}, number {index} has "
                 f"{_summary(trace)}: start a new profile when the shape changes"
             )
-    duration = _span([trace.duration_s for trace in traces])
     return IdleProfile(
         shape=shape,
         spans=tuple(map(_span, zip(*(trace.idle_spans_s() for trace in traces), strict=True))),
         deadline=first.deadline,
-        iteration_s=duration.mean_s,
+        iteration_s=statistics.fmean(trace.duration_s for trace in traces),
         iterations=len(traces),
         periods_s=tuple(map(statistics.fmean, zip(*(trace.periods_s() for trace in traces), strict=True))),
-        iteration_std_s=duration.std_s,
     )
 
 

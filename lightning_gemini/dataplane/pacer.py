@@ -29,8 +29,8 @@ class Underway(NamedTuple):
 
     Attributes:
         in_flight_bytes: What the peer has not acknowledged: R bounds it.
-        queued_bytes: The part of it that will still take the link's time. An acknowledgement may be late, as it waits
-            behind what the peer sends itself; then this is less.
+        queued_bytes: The part of it that has not left this machine. An acknowledgement may be late, as it waits behind
+            what the peer sends itself; then this is less.
     """
 
     in_flight_bytes: int = 0
@@ -45,6 +45,8 @@ class _Permit:
     """What a link was last allowed, and under which conditions."""
 
     underway: Underway = _NOTHING
+    carrying_bytes: int = 0
+    carrying_ns: int = 0
     conditions: tuple[int, bool, int] = 0, False, 0
     from_ns: int = 0
     until_ns: int = 0
@@ -85,10 +87,11 @@ class Pacer:
             return 0
         with self._lock:
             permit = self._permits.setdefault(link, _Permit())
-            permit.underway = underway
+            permit.underway = underway = self._on_the_link(permit, underway)
             shared = Underway(*map(sum, zip(*(other.underway for other in self._permits.values()), strict=True)))
             size = min(left_bytes, self._room(permit, left_bytes, shared))
             permit.underway = Underway(underway.in_flight_bytes + size, underway.queued_bytes + size)
+            permit.carrying_bytes += size
             if size and permit.ahead_bytes != UNLIMITED:
                 self._served = True
                 self.page.note_in_flight(shared.in_flight_bytes + size)
@@ -108,10 +111,10 @@ class Pacer:
         permit = self._permits.get(link)
         return UNLIMITED if permit is None else permit.ahead_bytes
 
-    def pause_s(self, queued_bytes: int, link: int = 0) -> float:
+    def pause_s(self, underway: Underway, link: int = 0) -> float:
         """How long to wait before asking again: every look costs time, and training may need the processor.
 
-        Inside a span until a third of what is queued has left, outside until shortly before the next span that
+        Inside a span until the link has carried a third of what it has, outside until shortly before the next span that
         can carry something; from then on, and where nobody knows when that is, a small part of what spans last.
         """
         permit, plan, page = self._permits.get(link), self._plan, self.page
@@ -119,9 +122,12 @@ class Pacer:
             return self._poll_s
         now_ns, (word, began_ns) = self._now_ns(), page.marks()
         fresh = word & 1 and word != permit.conditions[2]  # it opened since the last question
+        in_flight_bytes, queued_bytes = underway
+        if in_flight_bytes + plan.chunk_bytes <= plan.window_bytes:  # else it is acknowledgements that are waited for
+            in_flight_bytes = max(queued_bytes, min(in_flight_bytes, permit.carrying_bytes))
         served = plan.one_chunk and self._served and not queued_bytes
         if word & 1 and not fresh and not served and now_ns < permit.until_ns:
-            third_s = queued_bytes / 3 / plan.bandwidth_bytes_per_s
+            third_s = in_flight_bytes / 3 / plan.bandwidth_bytes_per_s
             return min(max(third_s, (permit.from_ns - now_ns) / 1e9, _POLL_S), _LONGEST_SLEEP_S)
         if fresh or page.rushing or page.pace is not Pace.PACED:
             return self._poll_s
@@ -141,6 +147,19 @@ class Pacer:
             self._permits.pop(link, None)
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _on_the_link(self, permit: _Permit, underway: Underway) -> Underway:
+        """Counts as queued what the link cannot have carried yet, in whoever's queue it is.
+
+        Where the slowest part of the way is in a switch or a hypervisor, this machine has nothing queued.
+        """
+        now_ns, plan = self._now_ns(), self._plan
+        if plan is not None:
+            carried_bytes = plan.bandwidth_bytes_per_s * (now_ns - permit.carrying_ns) // 10**9
+            permit.carrying_bytes = max(0, permit.carrying_bytes - carried_bytes)
+        permit.carrying_ns = now_ns
+        in_flight_bytes, queued_bytes = underway
+        return Underway(in_flight_bytes, max(queued_bytes, min(in_flight_bytes, permit.carrying_bytes)))
 
     def _room(self, permit: _Permit, left_bytes: int, underway: Underway) -> int:
         page, now_ns = self.page, self._now_ns()

@@ -148,11 +148,35 @@ def test_what_has_left_takes_no_time_of_the_span_but_room_in_the_window(world: W
     world.open(0)
     assert world.ask(in_flight=100_000, queued=0) == 0  # 150,000 more would be too many in flight
     world.plan(2.0, chunk=150_000, window=500_000, startup_s=0.0005)
-    assert world.ask(in_flight=100_000, queued=0) == 150_000
     assert world.ask(in_flight=100_000, queued=20_000) == 130_000
-    assert world.ask(left=90_000, in_flight=0, queued=0, link=1) == 0  # the link at 0 has 150,000 queued by now
+    assert world.ask(left=90_000, in_flight=0, queued=0, link=1) == 0  # link 0 has 150,000 queued by now
+    world.pacer.finish()
+    assert world.ask(in_flight=100_000, queued=0) == 150_000
     world.pacer.finish()
     assert world.ask(left=90_000, in_flight=0, queued=0, link=1) == 90_000
+
+
+def test_what_the_link_cannot_have_carried_yet_counts_wherever_it_is(world: World) -> None:
+    """The slowest part of the way may be a switch: this machine has nothing queued then."""
+    world.plan(2.0)
+    world.open(0)
+    assert world.ask() == 200_000
+    world.pass_ms(1.0)
+    assert world.ask(in_flight=200_000, queued=0) == 0
+    assert world.ask(in_flight=40_000, queued=0) == 60_000  # what is acknowledged has been carried
+    world.pass_ms(0.5)
+    assert world.ask(in_flight=300_000, queued=0) == 0
+
+
+def test_a_sender_whose_window_is_full_waits_for_acknowledgements(world: World) -> None:
+    world.plan(1000.0, chunk=300_000, window=600_000)
+    world.open(0)
+    assert world.ask() == 300_000
+    world.pass_ms(10.0)
+    assert wait_ms(world, in_flight=600_000, queued=0) == pytest.approx(2.0)
+    assert wait_ms(world, in_flight=300_000, queued=0) == pytest.approx(1.0)
+    world.ask(left=1, in_flight=300_000, queued=0)
+    assert wait_ms(world, in_flight=300_000, queued=0) == pytest.approx(0.5)
 
 
 def test_a_span_beyond_the_plan_has_no_length(world: World) -> None:
@@ -222,20 +246,23 @@ def test_outside_spans_looks_are_rarer_where_spans_are_long(world: World) -> Non
         world.page.close_span()
         assert world.ask() == 0
         assert world.pacer.is_shut()
-        assert world.pacer.pause_s(0) == pytest.approx(expected_s, rel=0.01)
+        assert world.pacer.pause_s(Underway()) == pytest.approx(expected_s, rel=0.01)
         world.open(0)
         assert not world.pacer.is_shut()
         assert world.ask()
-        assert world.pacer.pause_s(0) == 0.0005
+        assert world.pacer.pause_s(Underway()) == 0.0005
         world.pass_ms(usable_ms)
-        assert world.pacer.pause_s(0) == pytest.approx(expected_s, rel=0.01)
+        assert world.pacer.pause_s(Underway()) == pytest.approx(expected_s, rel=0.01)
 
 
 def test_inside_spans_a_third_of_what_is_in_flight_may_arrive_before_the_next_look(world: World) -> None:
     world.plan(1000.0)
     world.open(0)
     assert world.ask()
-    waits = [world.pacer.pause_s(RATE * milliseconds // 1000) for milliseconds in (0, 3, 9, 100)]
+    waits = [
+        world.pacer.pause_s(Underway(size, size))
+        for size in (RATE * milliseconds // 1000 for milliseconds in (0, 3, 9, 100))
+    ]
     assert waits == pytest.approx([0.0005, 0.001, 0.003, 0.016])
 
 
@@ -287,8 +314,8 @@ def test_a_span_that_nobody_saw_beginning_is_not_used(world: World) -> None:
 # -- asleep till the next span -----------------------------------------------------------------------------------------
 
 
-def wait_ms(world: World, in_flight: int = 0) -> float:
-    return 1000 * world.pacer.pause_s(in_flight)
+def wait_ms(world: World, in_flight: int = 0, queued: int | None = None) -> float:
+    return 1000 * world.pacer.pause_s(Underway(in_flight, in_flight if queued is None else queued))
 
 
 def closed(world: World, index: int, *usable_ms: float, periods_s: tuple[float, ...], **fields: Field) -> None:
@@ -402,7 +429,7 @@ def looks(world: World, spans_ms: list[tuple[int, int]], speed: float) -> list[i
             while world.now_ns < then_ns:
                 times_ns.append(world.now_ns)
                 world.ask()
-                world.now_ns += int(world.pacer.pause_s(0) * 1e9)
+                world.now_ns += int(world.pacer.pause_s(Underway()) * 1e9)
     return times_ns
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane.pacer import Underway
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.wire import MAX_CHUNK_BYTES, Frame
 
@@ -65,6 +66,11 @@ class Outgoing:
     def in_flight(self) -> int:
         """Bytes that the holder has not copied out yet."""
         return sum(size for size, _ in self.uncredited)
+
+    @property
+    def underway(self) -> Underway:
+        """The same as a pacer wants to know it: nobody says which of them the link has carried."""
+        return Underway(self.in_flight, self.in_flight)
 
     def sendable(self) -> int:
         """Bytes that the writer has sealed and a sub-buffer can take."""

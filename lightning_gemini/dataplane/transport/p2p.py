@@ -29,7 +29,7 @@ from collections.abc import Callable
 from lightning_gemini.config import P2P_BUFFER_BYTES
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane.pace_page import Pace
-from lightning_gemini.dataplane.pacer import Pacer, Underway
+from lightning_gemini.dataplane.pacer import Pacer
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.transport.chunk_stream import SLOWEST_READ_BYTES_PER_S
 from lightning_gemini.dataplane.transport.outgoing import Outgoing, checksum_table
@@ -186,7 +186,7 @@ class P2pTransport:
                 return False
             size = outgoing.sendable()
             if size and pacer is not None:
-                size = pacer.allowance(size, Underway(outgoing.in_flight, outgoing.in_flight), self._machine)
+                size = pacer.allowance(size, outgoing.underway, self._machine)
             if size:
                 self._send_piece(pair, outgoing, size)
                 if pacer is not None:
@@ -200,7 +200,7 @@ class P2pTransport:
     def _wait_for_change(self, outgoing: Outgoing, pacer: Pacer | None) -> None:
         """Until it is worth asking again. This runs beside the training thread, so a look must cost next to nothing."""
         for _ in range(_SHORT_LOOKS):
-            pause_s = _POLL_S if pacer is None else pacer.pause_s(outgoing.in_flight, self._machine)
+            pause_s = _POLL_S if pacer is None else pacer.pause_s(outgoing.underway, self._machine)
             if self._take_credits(outgoing, pause_s) or pacer is None or not pacer.is_shut():
                 return
 

@@ -95,7 +95,7 @@ class PacedStream:
 
     def _rest(self) -> None:
         for _ in range(_SHORT_LOOKS):
-            time.sleep(self._pacer.pause_s(self._underway.queued_bytes, self._link))
+            time.sleep(self._pacer.pause_s(self._underway, self._link))
             if not self._pacer.is_shut():
                 return
 

@@ -103,7 +103,7 @@ class GeminiCheckpoint(Checkpoint):
             extra = {
                 "random": capture_random(),
                 "profile": state.traffic.packed_profile,
-                "persisted_at": state.persistent.written_at if state.persistent is not None else None,
+                "persisted": state.persistent.mark if state.persistent is not None else None,
             }
             draft = state.draft(lightning_state(trainer), extra)
         except Exception as error:  # a user's hook, an object that cannot be pickled: training must go on

@@ -39,9 +39,6 @@ class PersistentTier:
 
     Attributes:
         directory: The DeepSpeed ``save_dir``.
-        written_at: Unix seconds of the last checkpoint, or else of the beginning of training. It goes into every
-            version, so that the interval goes on over recoveries from memory: a job that fails more often than it
-            persists would never persist.
 
     Raises:
         PersistError: The directory that the user named cannot be written; on every rank.
@@ -62,7 +59,7 @@ class PersistentTier:
         if explicit is not None:
             self._require_writable(explicit, probe)
         self.directory = Path(explicit or group.from_first(_default_directory(root_dir)))
-        self.written_at = time.time()
+        self._begun_at = self._written_at = time.time()
         self._persister = Persister(
             self.directory,
             identity.global_rank,
@@ -115,18 +112,31 @@ class PersistentTier:
     def begin(self, found: RestoredShard | None) -> None:
         """Training begins, from what was found."""
         carried_on = found is not None and found.tier is not Tier.PERSISTENT
-        before = found.volatile.get("persisted_at") if found is not None and carried_on else None
-        self.written_at = time.time() if before is None else before
+        mark = found.volatile.get("persisted") if found is not None and carried_on else None
+        now = time.time()
+        if mark is not None and mark["directory"] == str(self.directory):
+            now = min(now, mark["at"])  # this machine's clock may be behind
+        self._begun_at = self._written_at = now
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """Where and when, in unix seconds, the last checkpoint was complete; or else when training began.
+
+        It goes into every version, so that the interval goes on over recoveries from memory: a job that fails more
+        often than it persists would never persist. One that was begun and not finished does not count there.
+        """
+        at = self._written_at if self._persister.last_at is None else self._persister.last_at
+        return {"directory": str(self.directory), "at": at}
 
     @property
     def wanted(self) -> bool:
         """Whether this rank wishes the next committed version to be written: rank 0 speaks for all."""
-        due = time.time() - self.written_at >= self._config.persist_every_s
+        due = time.time() - self._begun_at >= self._config.persist_every_s
         return due and self._identity.global_rank == 0 and not self._persister.busy
 
     def write(self, buffer: Buffer | None, version: VersionId | None) -> None:
         """Write the version that was just committed, as all ranks have agreed; returns at once."""
-        self.written_at = time.time()
+        self._begun_at = time.time()
         if buffer is not None and version is not None:
             self._persister.start(buffer, version)
 

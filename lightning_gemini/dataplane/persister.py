@@ -72,6 +72,7 @@ class Persister:
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
         self.last: int | None = None
+        self.last_at: float | None = None
         self.failures = 0
 
     @property
@@ -120,7 +121,7 @@ class Persister:
             stable, volatile = self._read(buffer, version)
             _wait_for(previous)
             self._write(version, stable, volatile)
-            self.last = version.version
+            self.last, self.last_at = version.version, time.time()
             if self.failures:
                 log.warning("version %d: rank %d persists again, after %d failures", *self._recovered(version))
             if self._rank == 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import queue
@@ -21,6 +23,8 @@ from lightning_gemini.controlplane.warm_pool import WarmPool, WorkerCommand, Wor
 
 SCRIPT = Path(__file__).with_name("training.py")
 TIMEOUT_S = 90.0
+_FIRST_PORT, _PORTS = 20_000, 12_000
+_drawn = itertools.count(997 * os.getpid())  # tests in other processes begin elsewhere
 
 
 class Forks:
@@ -250,9 +254,12 @@ def tail(log: Path) -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """None of those that the kernel gives out by itself: a test beside this one could get it before the job does."""
+    while True:
+        port = _FIRST_PORT + next(_drawn) % _PORTS
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def assert_same_training(reference: Outcome, attempts: Sequence[Outcome]) -> None:

@@ -123,11 +123,12 @@ class Pacer:
         now_ns, (word, began_ns) = self._now_ns(), page.marks()
         fresh = word & 1 and word != permit.conditions[2]  # it opened since the last question
         in_flight_bytes, queued_bytes = underway
-        if in_flight_bytes + plan.chunk_bytes <= plan.window_bytes:  # else it is acknowledgements that are waited for
-            in_flight_bytes = max(queued_bytes, min(in_flight_bytes, permit.carrying_bytes))
+        awaited_bytes = max(queued_bytes, min(in_flight_bytes, permit.carrying_bytes))
+        if in_flight_bytes + plan.chunk_bytes > plan.window_bytes:
+            awaited_bytes = in_flight_bytes  # their acknowledgements
         served = plan.one_chunk and self._served and not queued_bytes
         if word & 1 and not fresh and not served and now_ns < permit.until_ns:
-            third_s = in_flight_bytes / 3 / plan.bandwidth_bytes_per_s
+            third_s = awaited_bytes / 3 / plan.bandwidth_bytes_per_s
             return min(max(third_s, (permit.from_ns - now_ns) / 1e9, _POLL_S), _LONGEST_SLEEP_S)
         if fresh or page.rushing or page.pace is not Pace.PACED:
             return self._poll_s

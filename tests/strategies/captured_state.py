@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning_gemini.errors import StateChangedError
 from lightning_gemini.strategies import devices
 from lightning_gemini.strategies.zero_state import ZeroState
 from tests.dataplane.encoding import encode
+from tests.strategies.jobs import free_port
 
 
 def content(value: Any) -> Any:
@@ -77,10 +77,7 @@ def check_numbers(zero: ZeroState, engine: Any) -> None:
 
 
 def main(stage: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     devices.use_cpu_in_deepspeed()
     dist.init_process_group("gloo")
     deepspeed.init_distributed("gloo")

@@ -14,7 +14,7 @@ from lightning_gemini.callbacks.peer_exchange import PeerExchange
 from lightning_gemini.callbacks.peer_memory import PeerMemory, RestoredShard
 from lightning_gemini.callbacks.persistent_tier import PersistentTier
 from lightning_gemini.callbacks.publisher import VersionPublisher
-from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity
+from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity, together
 from lightning_gemini.callbacks.traffic import TrafficScheduler
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.controlplane.events import EventLog, append_line
@@ -27,7 +27,7 @@ from lightning_gemini.dataplane.profiler import Profiler
 from lightning_gemini.dataplane.shard import Draft
 from lightning_gemini.dataplane.slab import Slab
 from lightning_gemini.dataplane.snapshot import Snapshotter
-from lightning_gemini.errors import GeminiError, LayoutMismatchError
+from lightning_gemini.errors import GeminiError
 from lightning_gemini.strategies.zero_state import ZeroState
 
 if TYPE_CHECKING:
@@ -94,7 +94,8 @@ class JobState:
             self.memory.connect()
             self.found = self.memory.find() or self._find_persistent()
             if self.found is not None:
-                self._require_fit(self.found)
+                stable = self.found.stable
+                together(self.group, lambda: self.zero.check(stable))
         except GeminiError as error:
             report_refusal(error)  # here too: Hydra turns exceptions into SystemExit
             raise
@@ -148,16 +149,6 @@ class JobState:
         self.events.append("restored", version=found.version, tier=str(found.tier.value), seconds=seconds)
         if self.identity.global_rank == 0:
             log.warning("resumed from version %d (%s) in %.2f s", found.version, found.tier.value, seconds)
-
-    def _require_fit(self, found: RestoredShard) -> None:
-        error: LayoutMismatchError | None = None
-        try:
-            self.zero.check(found.stable)
-        except LayoutMismatchError as mismatch:
-            error = mismatch
-        errors = [failure for failure in self.group.gather(error) if failure is not None]
-        if errors:
-            raise error or errors[0]
 
     def _open_persistent_tier(self, root_dir: str) -> PersistentTier | None:
         if not self.config.persist_every_s:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity, bind_host
+from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity, bind_host, together
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.controlplane import standalone
 from lightning_gemini.controlplane.agent_client import AgentClient
@@ -96,10 +96,10 @@ class PeerMemory:
             LayoutMismatchError: Memory holds a job of another shape.
         """
         if self.launched:  # the root has introduced the agents to each other
-            self._together(self._connect_launched)
+            together(self._group, self._connect_launched)
         else:
             self._connect_standalone()
-        self._together(self._join)
+        together(self._group, self._join)
 
     def _connect_launched(self) -> None:
         self._client = AgentClient(Path(os.environ[AGENT_VARIABLE]), os.environ["LIGHTNING_GEMINI_JOB"])
@@ -108,11 +108,11 @@ class PeerMemory:
     def _connect_standalone(self) -> None:
         job = self._group.from_first(standalone.job_id(sys.argv, os.getcwd()))
         first = self.identity.local_rank == 0
-        self._together(lambda: self._start_agent(job) if first else None)
-        self._together(lambda: None if first else self._find_agent(job))
+        together(self._group, lambda: self._start_agent(job) if first else None)
+        together(self._group, lambda: None if first else self._find_agent(job))
         agents = self._group.gather(self.client.identity)
         self.generation = 1 + max(agent["generation"] for agent in agents)
-        self._together(lambda: self._introduce(agents) if first else None)
+        together(self._group, lambda: self._introduce(agents) if first else None)
 
     def _start_agent(self, job: str) -> None:
         host = bind_host(self.identity.machines)
@@ -128,17 +128,6 @@ class PeerMemory:
 
     def _join(self) -> None:
         self.client.join(self.identity.global_rank, self.replicas, self._config.placement, self._domains)
-
-    def _together(self, action: Any) -> None:
-        """Do something local on every rank; where it fails on one, fail on all, before anybody waits for the other."""
-        error: GeminiError | None = None
-        try:
-            action()
-        except GeminiError as failure:
-            error = failure
-        failures = [failure for failure in self._group.gather(error) if failure is not None]
-        if failures:
-            raise error or failures[0]
 
     # -- going back ------------------------------------------------------------------------------------------------
 
@@ -163,7 +152,7 @@ class PeerMemory:
                 self._explain(inventories, plan)
                 return None
             states: list[tuple[dict[str, Any], dict[str, Any]] | None] = []
-            self._together(lambda plan=plan, states=states: states.append(self._try(plan)))
+            together(self._group, lambda plan=plan, states=states: states.append(self._try(plan)))
             (state,) = states
             if all(self._group.gather(state is not None)):
                 assert state is not None
@@ -253,7 +242,7 @@ class PeerMemory:
             CapacityError: The machine has not enough memory; raised on every rank.
         """
         slabs: list[Slab] = []
-        self._together(lambda: slabs.append(self.client.attach(shard_bytes)))
+        together(self._group, lambda: slabs.append(self.client.attach(shard_bytes)))
         return slabs[0]
 
     def measure_link(self) -> LinkSpeed | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_gemini.callbacks.data_position import set_aside_positions
 from lightning_gemini.callbacks.peer_memory import RestoredShard
-from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity
+from lightning_gemini.callbacks.ranks import RankGroup, RankIdentity, together
 from lightning_gemini.config import CheckpointConfig
 from lightning_gemini.controlplane import standalone
 from lightning_gemini.controlplane.events import EventLog
@@ -57,7 +57,8 @@ class PersistentTier:
         self._config, self._identity, self._group = config, identity, group
         explicit = config.persist_dir
         if explicit is not None:
-            self._require_writable(explicit, probe)
+            probes = probe and identity.local_rank == 0
+            together(group, lambda: persistent_directory.probe(explicit) if probes else None)
         self.directory = Path(explicit or group.from_first(_default_directory(root_dir)))
         self._begun_at = self._written_at = time.time()
         self._persister = Persister(
@@ -145,17 +146,6 @@ class PersistentTier:
         self._persister.close()
         if finished:
             self._persister.mark_finished()
-
-    def _require_writable(self, directory: Path, probe: bool) -> None:
-        error: PersistError | None = None
-        try:
-            if probe and self._identity.local_rank == 0:
-                persistent_directory.probe(directory)
-        except PersistError as failure:
-            error = failure
-        failures = [failure for failure in self._group.gather(error) if failure is not None]
-        if failures:
-            raise error or failures[0]
 
 
 def _default_directory(root_dir: str) -> Path:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from lightning_gemini.errors import GeminiError
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +73,19 @@ class RankGroup:
     def barrier(self) -> None:
         """Wait for every rank."""
         self.minimum([0])
+
+
+def together(group: RankGroup, action: Callable[..., object]) -> None:
+    """Do something local on every rank; where it fails on one, fail on all, before anybody waits for the other.
+
+    Raises:
+        GeminiError: This rank's, or else that of the first rank that failed.
+    """
+    error: GeminiError | None = None
+    try:
+        action()
+    except GeminiError as failure:
+        error = failure
+    failures = [failure for failure in group.gather(error) if failure is not None]
+    if failures:
+        raise error or failures[0]

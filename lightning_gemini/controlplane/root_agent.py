@@ -220,14 +220,20 @@ class RootAgent:
         self._put(self._keys.replace(action.slot), json.dumps(wish))
 
     def _put(self, key: str, value: str) -> None:
-        """Writes as root; keeps trying while the store is away, for the state has already moved on."""
+        """Writes as root; keeps trying while the store is away, for the state has already moved on.
+
+        Raises:
+            LeadershipLostError: Nothing was written, so that nothing may follow from it: another one leads, or this
+                agent is about to end, most often because another has its slot.
+        """
         while not self._closed.is_set():
             try:
                 if self._election.put(key, value, self._revision):
                     return
-                raise LeadershipLostError
+                break
             except StoreUnavailableError:
                 self._closed.wait(_TICK_S)
+        raise LeadershipLostError
 
     def _announce(self, order: Order, failure: Failure | None) -> None:
         self._announce_failure(failure)

@@ -19,7 +19,7 @@ from lightning_gemini.version import __version__
 
 _MEASURE_TIMEOUT_S = 60.0
 _NEW_MEMORY_BYTES_PER_S = 100e6
-"""How fast, at the least, an agent makes or reads the memory of a replica."""
+"""How fast, at the least, an agent makes memory, or reads that of a replica."""
 
 
 class AgentClient:
@@ -100,7 +100,8 @@ class AgentClient:
 
     def attach(self, shard_bytes: int) -> Slab:
         """Map this rank's slab, made for at least ``shard_bytes`` if it is new."""
-        slab = self._attach(bytes=shard_bytes)
+        patience_s = self._timeout_s + 2 * shard_bytes / _NEW_MEMORY_BYTES_PER_S
+        slab = self._attach(patience_s, bytes=shard_bytes)
         assert slab is not None
         return slab
 
@@ -108,8 +109,8 @@ class AgentClient:
         """Map this rank's slab if there is one."""
         return self._attach(create=False)
 
-    def _attach(self, **fields: Any) -> Slab | None:
-        reply, descriptors = self._exchange({"request": "attach", **fields})
+    def _attach(self, patience_s: float | None = None, **fields: Any) -> Slab | None:
+        reply, descriptors = self._exchange({"request": "attach", **fields}, patience_s)
         return Slab(*(Buffer(descriptor) for descriptor in descriptors)) if reply["found"] else None
 
     def retrieve(self, fetches: Sequence[Fetch], timeout_s: float = 3600.0) -> tuple[int, float]:

@@ -28,6 +28,7 @@ class ShardStore:
     def __init__(self, machine: int) -> None:
         self.machine = machine
         self._lock = threading.RLock()
+        self._making = threading.Lock()  # taken before the other one
         self._slabs: dict[int, Slab] = {}
         self._writers: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
         self.generation = 0
@@ -79,14 +80,21 @@ class ShardStore:
         Raises:
             CapacityError: The machine has not enough memory for it and for the replicas that will come.
         """
-        with self._lock:
-            slab = self._slabs.get(owner)
+        with self._making:
+            slab = self.slab(owner)
             if slab is None:
                 require_memory(
                     shard_bytes, self.replicas or 1, self.nproc_per_machine or 1, already_bytes=self.total_bytes
                 )
-                slab = self._slabs[owner] = Slab.create(owner, shard_bytes)
+                slab = self._make(owner, shard_bytes)
             return slab
+
+    def _make(self, owner: int, data_bytes: int) -> Slab:
+        """A large slab takes seconds, in which nobody waits who needs no new one."""
+        slab = Slab.create(owner, data_bytes)
+        with self._lock:
+            self._slabs[owner] = slab
+        return slab
 
     def slab(self, owner: int) -> Slab | None:
         """The slab of this owner, if there is one."""
@@ -155,9 +163,12 @@ class ShardStore:
         with self._lock:
             self._require_hosted(owner, sender_generation)
             self._require_wanted(owner, version)
-            if self.complete_buffer(owner, version) is not None:
+        slab = self._slab_for(owner, data_bytes)
+        with self._lock:
+            self._require_hosted(owner, sender_generation)
+            self._require_wanted(owner, version)
+            if slab.holding(version) is not None:
                 return None
-            slab = self._slab_for(owner, data_bytes)
             known = [kept, self.committed]  # the owner may be a new machine, which knows nothing
             kept = max((one for one in known if one is not None and one < version), default=None)
             place = replica_place(slab.views, version, kept)
@@ -193,21 +204,19 @@ class ShardStore:
 
     def retrieval_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer:
         """The buffer that a shard fetched from a peer goes to."""
+        slab = self._slab_for(owner, data_bytes)
         with self._lock:
-            for buffer in self._slabs[owner].buffers if owner in self._slabs else ():
+            for buffer in slab.buffers:
                 if buffer.id == version and buffer.state is not BufferState.COMPLETE:
                     return buffer
-            slab = self._slab_for(owner, data_bytes)
             index = retrieval_place(slab.views, version, own=owner in self.own_ranks())
             if index is None:
                 raise ProtocolError(f"no buffer of rank {owner} may be overwritten yet")
             return slab.buffers[index]
 
     def _slab_for(self, owner: int, data_bytes: int) -> Slab:
-        slab = self._slabs.get(owner)
-        if slab is None:
-            slab = self._slabs[owner] = Slab.create(owner, data_bytes)
-        return slab
+        with self._making:
+            return self.slab(owner) or self._make(owner, data_bytes)
 
     def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
         """See :class:`~lightning_gemini.dataplane.transport.reception.ShardHost`."""

@@ -22,7 +22,7 @@ from lightning_gemini.controlplane.agent_client import AgentClient
 from lightning_gemini.controlplane.messages import MAX_MESSAGE_BYTES, receive_message, send_message
 from lightning_gemini.core.recovery import Fetch, VersionId
 from lightning_gemini.dataplane import capacity, wire
-from lightning_gemini.dataplane.slab import chunk_bytes_for
+from lightning_gemini.dataplane.slab import Slab, chunk_bytes_for
 from lightning_gemini.dataplane.wire import Frame, Kind
 from lightning_gemini.errors import (
     AgentError,
@@ -293,6 +293,23 @@ def test_an_agent_that_answers_too_late_is_not_asked_again(directory: Path) -> N
             with pytest.raises(AgentError, match="went away"):
                 client.report()
         thread.join(10.0)
+
+
+def test_a_worker_waits_for_large_memory(alone: MachineAgent, monkeypatch: pytest.MonkeyPatch) -> None:
+    create = Slab.create
+
+    def slow_create(owner: int, data_bytes: int) -> Slab:
+        assert not threading.Event().wait(1.0)  # as long as gigabytes take
+        return create(owner, data_bytes)
+
+    monkeypatch.setattr(Slab, "create", slow_create)
+    monkeypatch.setattr(agent_client, "_NEW_MEMORY_BYTES_PER_S", 1000)
+    with AgentClient(alone.settings.socket_path, JOB, timeout_s=0.2) as client:
+        client.set_peers(1, 2, [("127.0.0.1", 1)])
+        client.join(0, 1, "group")
+        slab = client.attach(10_000)
+        assert len(slab.buffers[0].data) == 10_000
+        slab.close()
 
 
 def test_a_client_of_an_agent_that_ended_says_so(start: Start) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from lightning_gemini.core.recovery import Holding, VersionId
 from lightning_gemini.dataplane import capacity
-from lightning_gemini.dataplane.slab import Buffer, BufferState
+from lightning_gemini.dataplane.slab import Buffer, BufferState, Slab
 from lightning_gemini.dataplane.store import ShardStore
 from lightning_gemini.errors import CapacityError, LayoutMismatchError, PlacementError, ProtocolError
 from tests.dataplane.machines import complete_ids, write_version
@@ -37,6 +39,41 @@ def take_in(store: ShardStore, number: int, *, kept: VersionId | None = None, ge
         buffer.seal(1000)
         buffer.complete()
     return buffer
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda store: store.own(MINE, 1000),
+        lambda store: store.replica_target(THEIRS, version(1), 1000, 1),
+        lambda store: store.retrieval_target(THEIRS, version(1), 1000),
+    ],
+    ids=["own", "replica", "retrieval"],
+)
+def test_nobody_waits_for_memory_that_is_being_made(
+    store: ShardStore, make: Callable[[ShardStore], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gigabytes take seconds, in which the root may ask what is here."""
+    began, go_on, create = threading.Event(), threading.Event(), Slab.create
+
+    def slow_create(owner: int, data_bytes: int) -> Slab:
+        began.set()
+        assert go_on.wait(20)
+        return create(owner, data_bytes)
+
+    monkeypatch.setattr(Slab, "create", slow_create)
+    with ThreadPoolExecutor(2) as pool:
+        made = [pool.submit(make, store) for _ in range(2)]
+        assert began.wait(20)
+        assert store.inventory().holdings == ()
+        assert store.slabs() == []
+        go_on.set()
+        for one in made:
+            one.result(20)
+    assert len(store.slabs()) == 1, "both asked for the same one"
 
 
 # -- replicas ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def _create(_: str, __: int = 0) -> int:
     return fd
 
 
-def _allocate(fd: int, _: int, size: int) -> None:
+def _resize(fd: int, size: int) -> None:
     memory = _open[fd]
     if not memory.content:
         memory.content = bytearray(_SLACK * size)
@@ -100,10 +100,10 @@ os = SimpleNamespace(
     close=_close,
     environ=_Environment(),
     fstat=_status,
+    ftruncate=_resize,
     getpid=lambda: this_process().pid,
     memfd_create=_create,
     path=real_os.path,
-    posix_fallocate=_allocate,
     replace=_replace_link,
     set_inheritable=lambda fd, inheritable: None,
     symlink=_link,

@@ -47,6 +47,7 @@ _UNDER_TEST = (
     "dataplane.pace_page",
     "dataplane.pacer",
     "dataplane.replicator",
+    "dataplane.resident_memory",
     "dataplane.slab",
     "dataplane.snapshot",
     "dataplane.store",
@@ -65,6 +66,7 @@ _REPLACED = (
     "controlplane.standalone",
     "controlplane.template",
     "controlplane.worker_env",
+    "dataplane.pinned_memory",
 )
 """Modules whose work is done by a simulated part, or that no simulated process uses."""
 
@@ -105,7 +107,8 @@ _PARTS: dict[str, dict[str, Any]] = {
     "controlplane.warm_pool": {"kill_group": processes.kill_group, "wait_gone": processes.wait_gone},
     "controlplane.worker_agent": {"link_slot": lambda *_: None, "unlink_slot": lambda *_: None},
     "dataplane.shard": {"SMALL_BYTES": 256},
-    "dataplane.slab": {"chunk_bytes_for": lambda data_bytes: _CHUNK_BYTES, "require_free": lambda more_bytes: None},
+    "dataplane.resident_memory": {"require_free": lambda more_bytes: None, "_populate": lambda mapping: True},
+    "dataplane.slab": {"chunk_bytes_for": lambda data_bytes: _CHUNK_BYTES},
     "dataplane.snapshot": {"SimpleQueue": threads.SimpleQueue, "_pieces": _pieces},
     "dataplane.transport.chunk_stream": {"_POLL_S": 0.003},
     "dataplane.pacer": {"_POLL_S": 0.003, "_LONGEST_POLL_S": 0.003},

@@ -177,6 +177,7 @@ class JobState:
         self.traffic = self._schedule_traffic(slab)
         self.exchange = self._exchange_with_peers(slab)
         self._snapshotter = Snapshotter(self._notify, self._device, self.traffic.may_copy)
+        self._snapshotter.prepare(slab.buffers)
         self._snapshotter.start()
         self._publisher = VersionPublisher(
             slab,

@@ -169,14 +169,13 @@ class PeerExchange:
 
     def _receive(self, machine: int) -> None:
         try:
-            desk = AgentDesk(self._memory.client.another())
+            desk, sub_buffers = AgentDesk(self._memory.client.another()), make_sub_buffers(self._device)
             try:
-                receiver = P2pReceiver(
-                    lambda: self._pair(machine, self._memory.identity.machine), desk, make_sub_buffers(self._device)
-                )
+                receiver = P2pReceiver(lambda: self._pair(machine, self._memory.identity.machine), desk, sub_buffers)
                 self._receiving[machine] = receiver
                 receiver.run()
             finally:
+                sub_buffers.close()
                 desk.close()
         except Exception as error:  # the owner hears of it as well, and its agent takes over
             level = logging.DEBUG if isinstance(error, OSError) else logging.WARNING

@@ -7,15 +7,14 @@ waits for it, except :meth:`DeviceMarks.close`, and that not for long.
 from __future__ import annotations
 
 import logging
-import time
 
 import torch
 
 from lightning_gemini.dataplane.pace_page import MAX_SPANS, PacePage
+from lightning_gemini.dataplane.pinned_memory import PinnedMemory
 
 log = logging.getLogger(__name__)
 
-_CLOSE_S = 5.0
 _MS_PER_S = 1e3
 
 
@@ -40,7 +39,8 @@ class DeviceMarks:
         self._stream = torch.cuda.Stream(device, priority=-1)
         self._free: list[torch.cuda.Event] = []
         self._index = 0
-        self._target = None if page is None else _pinned_words(page)
+        self._pinned = PinnedMemory(device)
+        self._target = None if page is None else self._pinned_words(page)
         self._table = _span_table().to(device) if self._target is not None else torch.empty(0)
 
     def mark(self) -> torch.cuda.Event:
@@ -82,32 +82,24 @@ class DeviceMarks:
 
     def close(self) -> None:
         """Write no more; idempotent. A device that hangs is given some seconds, then the page stays pinned."""
-        target, self._target = self._target, None
-        if target is None:
-            return
-        last, deadline = self.fence(), time.monotonic() + _CLOSE_S
-        while not last.query() and time.monotonic() < deadline:
-            time.sleep(0.001)
-        if last.query():
-            torch.cuda.cudart().cudaHostUnregister(target.data_ptr())
+        self._target = None
+        self._pinned.close(self._stream)
 
     def _write(self, row: int) -> None:
         if self._target is not None:
             with torch.cuda.stream(self._stream):
                 self._target.copy_(self._table[row], non_blocking=True)
 
+    def _pinned_words(self, page: PacePage) -> torch.Tensor | None:
+        """The page's span words as int64 that the device can write; ``None`` if CUDA does not take it.
 
-def _pinned_words(page: PacePage) -> torch.Tensor | None:
-    """The page's span words as int64 that the device can write; ``None`` if CUDA does not take it.
-
-    Unpinned it must not be used: such a copy waits for the device on the host.
-    """
-    words = torch.frombuffer(page.span_words, dtype=torch.int64)
-    status = torch.cuda.cudart().cudaHostRegister(words.data_ptr(), 8 * words.numel(), 0)
-    if int(status) == 0:
-        return words
-    log.warning("cannot pin the pace page (CUDA error %s): checkpoints are sent without regard to training", status)
-    return None
+        Unpinned it must not be used: such a copy waits for the device on the host.
+        """
+        words = torch.frombuffer(page.span_words, dtype=torch.int64)
+        if self._pinned.pin(words):
+            return words
+        log.warning("the device cannot write the pace page: checkpoints are sent without regard to training")
+        return None
 
 
 def _span_table() -> torch.Tensor:

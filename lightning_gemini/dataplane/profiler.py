@@ -147,7 +147,7 @@ class Profiler:
         if self.recording:
             self.recording = False
             self._let_everything_go()
-            self._marks.close()
+        self._marks.close()
 
     def _begin_iteration(self, label: int) -> tuple[int, IterationTrace] | None:
         with self._lock:

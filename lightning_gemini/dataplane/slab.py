@@ -16,7 +16,6 @@ checksums.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Iterator
 
@@ -24,16 +23,16 @@ import xxhash
 
 from lightning_gemini.core.consistency import BufferView
 from lightning_gemini.core.recovery import VersionId
-from lightning_gemini.dataplane import header
-from lightning_gemini.dataplane.capacity import require_free
+from lightning_gemini.dataplane import header, resident_memory
 from lightning_gemini.dataplane.header import CHUNK_SLOTS, BufferState, Record, Word
 from lightning_gemini.dataplane.pace_page import PacePage
-from lightning_gemini.errors import CapacityError, IntegrityError
+from lightning_gemini.errors import IntegrityError
 
 __all__ = ["CHUNK_SLOTS", "HEADER_BYTES", "Buffer", "BufferState", "Slab", "chunk_bytes_for"]
 
 HEADER_BYTES = 96 * 1024
 MIN_CHUNK_BYTES = 1 << 20
+_FEW_CHUNKS, _LARGE_CHUNK_BYTES = 512, 64 << 20  # between two checksums a thread of a worker is in training's way
 _TABLE_OFFSET = 4096
 _PACE_OFFSET = _TABLE_OFFSET + 8 * CHUNK_SLOTS
 _ACKED = Record(Word.ACKED, 2)
@@ -42,9 +41,9 @@ _PROGRESS = Record(Word.PROGRESS, 1), Record(Word.PROGRESS_AGAIN, 1)
 
 
 def chunk_bytes_for(data_bytes: int) -> int:
-    """Chunk size for a shard: at least 1 MiB, and few enough chunks for the checksum table."""
-    per_slot = -(-data_bytes // CHUNK_SLOTS)
-    return max(MIN_CHUNK_BYTES, -(-per_slot // 65536) * 65536)
+    """Chunk size for a shard: at least 1 MiB, large enough for few chunks, and for the checksum table."""
+    few, fitting = -(-data_bytes // _FEW_CHUNKS), -(-data_bytes // CHUNK_SLOTS)
+    return max(MIN_CHUNK_BYTES, -(-max(fitting, min(few, _LARGE_CHUNK_BYTES)) // 65536) * 65536)
 
 
 class Buffer:
@@ -65,9 +64,8 @@ class Buffer:
         Raises:
             CapacityError: The machine has not enough memory.
         """
-        fd = os.memfd_create(f"lightning-gemini-{owner}", os.MFD_CLOEXEC)
+        fd = resident_memory.create(f"lightning-gemini-{owner}", HEADER_BYTES + data_bytes)
         try:
-            _allocate(fd, HEADER_BYTES + data_bytes)
             buffer = cls(fd)
         except BaseException:
             os.close(fd)
@@ -77,9 +75,7 @@ class Buffer:
         return buffer
 
     def _map(self) -> None:
-        size = os.fstat(self.fd).st_size
-        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-        self._mapping = mmap.mmap(self.fd, size, flags=flags)
+        self._mapping = resident_memory.map_whole(self.fd)
         view = memoryview(self._mapping)
         self._words = view[:_TABLE_OFFSET].cast("Q")
         self._table = view[_TABLE_OFFSET : _TABLE_OFFSET + 8 * CHUNK_SLOTS].cast("Q")
@@ -196,7 +192,7 @@ class Buffer:
         if self.state is not BufferState.COMPLETE:
             raise IntegrityError(f"shard of rank {self.owner}: {self._why_incomplete()}")
         for index in range(self.chunks):
-            if xxhash.xxh3_64_intdigest(self.chunk(index)) != self.checksum(index):
+            if self.hashed(index) != self.checksum(index):
                 raise IntegrityError(f"shard of rank {self.owner}, version {self.id}: chunk {index} is corrupt")
 
     def _why_incomplete(self) -> str:
@@ -211,7 +207,7 @@ class Buffer:
         self.drop()
         if not self.fits(data_bytes):
             if os.fstat(self.fd).st_size < HEADER_BYTES + data_bytes:
-                _allocate(self.fd, HEADER_BYTES + data_bytes + data_bytes // 8)
+                resident_memory.grow(self.fd, HEADER_BYTES + data_bytes + data_bytes // 8)
             self.remap()
         words = self._words
         words[Word.CHUNKS_READY] = 0
@@ -226,7 +222,11 @@ class Buffer:
         while (index := self.chunks_ready) < self.chunks:
             if min((index + 1) * self.chunk_bytes, self.data_bytes) > end_byte:
                 return
-            self.seal_chunk(index, xxhash.xxh3_64_intdigest(self.chunk(index)))
+            self.seal_chunk(index, self.hashed(index))
+
+    def hashed(self, index: int) -> int:
+        """The checksum that chunk ``index`` should have; on several threads at once where bytes come that fast."""
+        return xxhash.xxh3_64_intdigest(self.chunk(index))
 
     def seal_chunk(self, index: int, checksum: int) -> None:
         """Chunk ``index`` is written and has this checksum; chunks are sealed in order."""
@@ -364,14 +364,3 @@ class Slab:
         self.pace.close()
         for buffer in self.buffers:
             buffer.close()
-
-
-def _allocate(fd: int, size: int) -> None:
-    require_free(size - os.fstat(fd).st_size)  # the kernel would kill a process rather than refuse
-    try:
-        os.posix_fallocate(fd, 0, size)
-    except OSError as error:
-        raise CapacityError(
-            f"cannot allocate {size / 2**20:.0f} MiB of shared memory ({error.strerror}); "
-            "use fewer replicas, more machines, or machines with more memory"
-        ) from error

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from queue import SimpleQueue
 
 import torch
 
 from lightning_gemini.core.recovery import VersionId
+from lightning_gemini.dataplane.pinned_memory import PinnedMemory
 from lightning_gemini.dataplane.shard import Draft, Layout, TensorSlot
 from lightning_gemini.dataplane.slab import Buffer
 
 log = logging.getLogger(__name__)
 
 _GATE_S = 0.004
-_DEVICE_PIECE_BYTES = 4 << 20  # a launch a piece: large enough that launching keeps ahead of copying
+_DEVICE_PIECE_BYTES = 32 << 20  # 0.6 ms over PCIe 5: much longer than it takes to start its successor
+_PIECES_UNDER_WAY = 2  # DeepSpeed waits for the whole device several times an iteration, and so for what is queued
+_HASHING_THREADS = 4  # one takes checksums at 8 GB/s, and a device writes at 50
 
 
 class Snapshot:
@@ -101,7 +107,7 @@ class Snapshotter:
 
     Args:
         notify: Called when a version was begun and when it is complete, on this thread.
-        device: The training device; a CUDA device copies on a stream of its own.
+        device: The training device; a CUDA device copies on a stream of its own, and threads take checksums meanwhile.
         gate: Asked on this thread before each piece whether it may be copied now; while it says no the copy waits, but
             never longer than until training does. ``None`` copies at once.
     """
@@ -109,13 +115,19 @@ class Snapshotter:
     def __init__(
         self, notify: Callable[[], None], device: torch.device, gate: Callable[[], bool] | None = None
     ) -> None:
-        self._notify, self._gate = notify, gate
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._notify, self._gate, self._device = notify, gate, device
+        self._stream: torch.cuda.Stream | None = None
+        self._pinned: PinnedMemory | None = None
+        self._hashing: Executor | None = None
+        if device.type == "cuda":
+            # Of high priority only because torch lends streams of the other kind to NCCL's callbacks as well.
+            self._stream = torch.cuda.Stream(device, priority=-1)
+            self._pinned = PinnedMemory(device)
+            self._hashing = ThreadPoolExecutor(_hashing_threads(), "gemini-checksum")
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._changed = threading.Condition()
         self._deferred: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
-        self._pinned: set[int] = set()
         self._warned = False
 
     def start(self) -> None:
@@ -129,6 +141,16 @@ class Snapshotter:
         if thread is not None:
             self._queue.put(None)
             thread.join(timeout=60.0)
+        if self._hashing is not None:
+            self._hashing.shutdown()
+        if self._pinned is not None and self._stream is not None:
+            self._pinned.close(self._stream)
+
+    def prepare(self, buffers: Iterable[Buffer]) -> None:
+        """Make copies into these buffers fast from the first one on; takes seconds where a device is to write them."""
+        if self._pinned is not None:
+            for buffer in buffers:
+                self._pinned.pin(torch.frombuffer(buffer.data, dtype=torch.uint8))
 
     def begin(self, version: VersionId, draft: Draft, choose: Callable[[], Buffer]) -> Snapshot:
         """Start copying; returns at once.
@@ -154,6 +176,8 @@ class Snapshotter:
         self._deferred.append(action)
 
     def _run(self) -> None:
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)  # it is each thread's own
         while (action := self._queue.get()) is not None:
             action()
         self._do_deferred()
@@ -173,7 +197,7 @@ class Snapshotter:
 
     def _take(self, snapshot: Snapshot, draft: Draft, choose: Callable[[], Buffer]) -> None:
         try:
-            with torch.cuda.stream(self._stream):  # none on the CPU
+            with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
                 self._copy(snapshot, draft, choose())
             self._notify()
         except Exception as error:  # a failed checkpoint must not kill training: the publisher reports it
@@ -193,9 +217,9 @@ class Snapshotter:
         self._notify()
         head = layout.head()
         buffer.data[: len(head)] = head
-        sealing = _Sealing(buffer)
-        if self._stream is not None:
-            self._pin(buffer)
+        sealing = _Sealing(buffer, self._hashing)
+        self.prepare([buffer])
+        self._wait_for_device(snapshot)
         self._copy_tensors(snapshot, layout, buffer, sealing)
         if self._stream is not None:
             snapshot.device_done = torch.cuda.Event()
@@ -217,26 +241,19 @@ class Snapshotter:
             for source, begin, end in _pieces(slot, piece_bytes):
                 self._wait_for_gate(snapshot)
                 sealing.written(end, _copy_piece(target[begin:end], source))
-                if not snapshot.hurried:  # training does not wait for checksums
-                    sealing.advance()
+                if not snapshot.hurried:  # training waits neither for checksums nor for room
+                    sealing.advance(_PIECES_UNDER_WAY - 1)
+
+    def _wait_for_device(self, snapshot: Snapshot) -> None:
+        """Queue nothing that the device will do later: whoever waits for the device would wait for it, too."""
+        if snapshot.device_ready is not None:
+            while not snapshot.hurried and not snapshot.device_ready.query():
+                snapshot.wait_for_hurry(_GATE_S)
 
     def _wait_for_gate(self, snapshot: Snapshot) -> None:
         if self._gate is not None:
             while not snapshot.hurried and not self._gate():
                 snapshot.wait_for_hurry(_GATE_S)
-
-    # -- CUDA only -----------------------------------------------------------------------------------------------
-
-    def _pin(self, buffer: Buffer) -> None:
-        """Register the buffer with CUDA, so that copies are asynchronous and run at full speed."""
-        view = torch.frombuffer(buffer.data, dtype=torch.uint8)
-        if view.data_ptr() in self._pinned:
-            return
-        runtime = torch.cuda.cudart()
-        status = runtime.cudaHostRegister(view.data_ptr(), view.numel(), 0)
-        if int(status) != 0:
-            log.warning("cannot pin the checkpoint buffer (CUDA error %s); copies will be slower", status)
-        self._pinned.add(view.data_ptr())
 
 
 class _Sealing:
@@ -244,41 +261,61 @@ class _Sealing:
 
     Args:
         buffer: It was begun.
+        pool: Threads that take checksums; ``None``: the calling one does.
     """
 
-    def __init__(self, buffer: Buffer) -> None:
-        self._buffer, self._chunk_bytes = buffer, buffer.chunk_bytes
-        self._next_end = self._chunk_bytes
+    def __init__(self, buffer: Buffer, pool: Executor | None) -> None:
+        self._buffer, self._pool, self._chunk_bytes = buffer, pool, buffer.chunk_bytes
+        self._chunks = 0
         self._written: deque[tuple[int, torch.cuda.Event | None]] = deque()
+        self._hashed: deque[Future[list[int]]] = deque()
 
     def written(self, end: int, event: torch.cuda.Event | None) -> None:
         """All bytes before ``end`` are there, or are once ``event`` has happened."""
         self._written.append((end, event))
 
-    def advance(self) -> None:
-        """Seal what is there by now."""
-        while self._written and ((first := self._written[0][1]) is None or first.query()):
-            self._seal(self._written.popleft()[0])
+    def advance(self, most_under_way: int) -> None:
+        """Seal what is there by now; wait until no more pieces than so many are not."""
+        while self._written:
+            event = self._written[0][1]
+            if event is not None and not event.query():
+                if len(self._written) <= most_under_way:
+                    break
+                event.synchronize()
+            self._hash(self._written.popleft()[0])
+        while self._hashed and self._hashed[0].done():
+            self._seal(self._hashed.popleft().result())
 
     def finish(self) -> None:
         """Wait for all of them."""
-        while self._written:
-            end, event = self._written.popleft()
-            if event is not None:
-                event.synchronize()
-            self._seal(end)
+        self.advance(0)
+        while self._hashed:
+            self._seal(self._hashed.popleft().result())
 
-    def _seal(self, end: int) -> None:
-        if end >= self._next_end:  # else no chunk is full
+    def _hash(self, end: int) -> None:
+        chunks = range(self._chunks, end // self._chunk_bytes)
+        if not chunks:
+            return
+        self._chunks = chunks.stop
+        if self._pool is None:
             self._buffer.seal(end)
-            self._next_end = (end // self._chunk_bytes + 1) * self._chunk_bytes
+        else:
+            self._hashed.append(self._pool.submit(lambda: [*map(self._buffer.hashed, chunks)]))
+
+    def _seal(self, checksums: list[int]) -> None:
+        for checksum in checksums:
+            self._buffer.seal_chunk(self._buffer.chunks_ready, checksum)
+
+
+def _hashing_threads() -> int:
+    return max(1, min(_HASHING_THREADS, len(os.sched_getaffinity(0)) // 2))
 
 
 def _copy_piece(target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:
     """Copy a piece; from a device only queue that, and return the event behind it."""
     if source.is_cuda:
         target.view(source.dtype).copy_(source, non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(blocking=True)  # who waits for it sleeps
         event.record()
         return event
     if source.is_cpu and not (source.is_conj() or source.is_neg()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import capacity, shard
 from lightning_gemini.dataplane.shard import SMALL_BYTES, Draft, Planner
 from lightning_gemini.dataplane.slab import Buffer, BufferState, Slab
-from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter
+from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter, _Sealing
 from lightning_gemini.errors import AgentError, CapacityError, IntegrityError, StateChangedError
 from tests.dataplane.encoding import same
 from tests.dataplane.machines import content_of
@@ -147,6 +148,48 @@ def test_the_calling_thread_goes_on_at_once(snapshotter: Snapshotter, gate: Gate
     assert not snapshot.wait(0.01)
     gate.open.set()
     assert finished(snapshot).done
+
+
+class Happening:
+    """Stands for an event of a device: happens when it is waited for, or when the test says so."""
+
+    def __init__(self) -> None:
+        self.has_happened, self.waits = False, 0
+
+    def query(self) -> bool:
+        return self.has_happened
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        self.has_happened = True
+
+
+def test_chunks_are_sealed_behind_the_device_and_few_pieces_are_under_way(buffers: Buffers, small_chunks: int) -> None:
+    buffer, size = buffers[0], 3 * small_chunks - 1000
+    buffer.begin(v(1), size)
+    buffer.data[:size] = bytes(range(250)) * (size // 250) + bytes(size % 250)
+    events = [Happening() for _ in range(3)]
+    with ThreadPoolExecutor(2) as pool:
+        sealing = _Sealing(buffer, pool)
+        sealing.written(small_chunks, events[0])  # type: ignore[arg-type]
+        sealing.advance(1)
+        assert [event.waits for event in events] == [0, 0, 0], "one may be under way"
+        assert buffer.chunks_ready == 0
+        sealing.written(2 * small_chunks + 5, events[1])  # type: ignore[arg-type]
+        sealing.advance(1)
+        assert [event.waits for event in events] == [1, 0, 0]
+        assert buffer.chunks_ready <= 1
+        events[1].has_happened = True
+        sealing.written(size, events[2])  # type: ignore[arg-type]
+        sealing.advance(1)
+        assert [event.waits for event in events] == [1, 0, 0], "nobody waits for what is there"
+        assert buffer.chunks_ready <= 2
+        sealing.finish()
+    assert [event.waits for event in events] == [1, 0, 1]
+    assert buffer.chunks_ready == 2, "the last one ends with the version"
+    buffer.seal(size)
+    buffer.complete()
+    buffer.verify()
 
 
 # -- when training may change the state --------------------------------------------------------------------------------

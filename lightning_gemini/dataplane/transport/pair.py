@@ -173,7 +173,7 @@ def _meet(store: Store, rank: int, timeout_s: float, wanted: Callable[[], bool])
 
 
 def _nccl(store: Store, rank: int) -> Any:
-    # CUDA only: no machine with two GPUs has run this yet.
+    # CUDA only: run with two workers on one GPU, not yet with a GPU each.
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _FOREVER  # it would end the process; a peer that is gone is noticed on gloo
     return dist.ProcessGroupNCCL(store, rank, 2, options)

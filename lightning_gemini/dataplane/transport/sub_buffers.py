@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lightning_gemini.dataplane.pinned_memory import PinnedMemory
 from lightning_gemini.dataplane.transport import pair as pairs
 from lightning_gemini.dataplane.transport.pair import Pair
 
@@ -81,19 +82,30 @@ class SubBuffers:
         """Wait for a piece that nobody wants."""
         pairs.wait(arrival.work)
 
+    def close(self) -> None:
+        """Let go of the host memory that pieces were copied to; idempotent."""
+
 
 class DeviceSubBuffers(SubBuffers):
     """The same in device memory, at both ends: host → device → peer's device → peer's host.
 
-    CUDA only: no machine with two GPUs has run this yet. The sender's host-to-device copies run opposite to the
-    device-to-host copies that it makes for its own snapshot and for its peers.
+    CUDA only: run with two workers on one GPU, not yet with a GPU each. The sender's host-to-device copies run opposite
+    to the device-to-host copies that it makes for its own snapshot and for its peers.
     """
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
-        self._network, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._pinned: set[int] = set()
+        # Of high priority only because torch lends streams of the other kind to NCCL's callbacks as well.
+        self._network, self._copies = (torch.cuda.Stream(device, priority=-1) for _ in range(2))
+        self._pinned = PinnedMemory(device)
+
+    def _take(self, number: int, size_bytes: int) -> torch.Tensor:
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.stream(self._network),
+        ):  # what lay there may be in use until then
+            return super()._take(number, size_bytes)
 
     def send(self, pair: Pair, number: int, source: torch.Tensor) -> dist.Work:
         """See :class:`SubBuffers`. ``source`` was pinned by the snapshot."""
@@ -118,7 +130,8 @@ class DeviceSubBuffers(SubBuffers):
     def copy_out(self, arrival: Arrival, target: torch.Tensor) -> None:
         """See :class:`SubBuffers`."""
         assert arrival.event is not None
-        self._pin(target)
+        whole = target.untyped_storage()
+        self._pinned.pin(torch.empty(0, dtype=torch.uint8).set_(whole))  # the peer's slab, once
         with torch.cuda.device(self.device), torch.cuda.stream(self._copies):
             self._copies.wait_event(arrival.event)
             target.copy_(arrival.tensor, non_blocking=True)
@@ -131,12 +144,9 @@ class DeviceSubBuffers(SubBuffers):
         assert arrival.event is not None
         arrival.event.synchronize()
 
-    def _pin(self, target: torch.Tensor) -> None:
-        """Register the peer's slab with CUDA once, so that copies into it run at full speed."""
-        storage = target.untyped_storage()
-        if storage.data_ptr() not in self._pinned:
-            self._pinned.add(storage.data_ptr())
-            torch.cuda.cudart().cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)
+    def close(self) -> None:
+        """See :class:`SubBuffers`."""
+        self._pinned.close(self._copies)
 
 
 def make_sub_buffers(device: torch.device) -> SubBuffers:

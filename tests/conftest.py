@@ -1,4 +1,8 @@
-"""What every test relies on: a CPU-only environment, a printed seed, and a check that nothing stays behind."""
+"""What every test relies on: the device, a printed seed, and a check that nothing stays behind.
+
+Tests run on the CPU. ``LIGHTNING_GEMINI_TEST_DEVICE=cuda`` lets those see the GPUs that need one, and trains on GPUs
+where a test trains: every machine of a job then uses this machine's first GPUs.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports torch or deepspeed, in this process and in those that the tests start.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("LIGHTNING_GEMINI_TEST_DEVICE", "cpu")
+os.environ.setdefault("DS_ACCELERATOR", os.environ["LIGHTNING_GEMINI_TEST_DEVICE"])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.update({"CUDA_VISIBLE_DEVICES": ""} if os.environ["LIGHTNING_GEMINI_TEST_DEVICE"] == "cpu" else {})
 
 import hypothesis
 import psutil
@@ -21,6 +26,7 @@ from lightning_gemini.controlplane.kv.etcd import load_etcd3
 
 load_etcd3()  # before another test brings in protobuf's other implementation
 
+DEVICE = os.environ["LIGHTNING_GEMINI_TEST_DEVICE"]
 SHARED_MEMORY = Path("/dev/shm")
 SESSION_VARIABLE = "LIGHTNING_GEMINI_TEST_SESSION"
 GRACE_S = 10.0

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from tests.conftest import DEVICE
 from tests.strategies.jobs import Forks, Job, Outcome
 
 
@@ -30,11 +32,17 @@ def runtime() -> Iterator[Path]:
     assert not left, f"agents left their sockets behind: {left}"
 
 
+def _need_devices(count: int) -> None:
+    if DEVICE == "cuda" and torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs on a machine, found {torch.cuda.device_count()}")
+
+
 @pytest.fixture
 def make_job(forks: Forks, runtime: Path, tmp_path: Path) -> Iterator[Callable[..., Job]]:
     jobs: list[Job] = []
 
     def make(**options: Any) -> Job:
+        _need_devices(options.get("nproc", 2))
         jobs.append(Job(forks, tmp_path / f"job{len(jobs)}", runtime, **options))
         return jobs[-1]
 

@@ -196,6 +196,11 @@ class Job:
                 "TORCHELASTIC_USE_AGENT_STORE": "False",
                 "LIGHTNING_GEMINI_JOB": self.name,
                 "TMPDIR": str(self.runtime),
+                # On GPUs: NCCL takes machines that share one for machines, and reaches them over the network.
+                "NCCL_HOSTID": f"{self.name}-{machine}",
+                "NCCL_SOCKET_IFNAME": "lo",
+                "NCCL_IB_DISABLE": "1",
+                "CUDA_DEVICE_MAX_CONNECTIONS": "32",  # so that training's communicator does not wait for another one
                 **self.env,
                 **self.machine_env.get(machine, {}),
             }

@@ -288,7 +288,7 @@ def full_weights(module: nn.Module) -> dict[str, Any]:
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
     if isinstance(value, Tensor):
-        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return {path: f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw).hexdigest()[:16]}"}
     if isinstance(value, dict):
         return {key: leaf for name, part in value.items() for key, leaf in flatten(part, f"{path}/{name}").items()}
@@ -374,7 +374,8 @@ def main() -> None:
         **{**vars(time), "time": lambda: time.time() + options.clock_ahead_s}
     )
     pl.seed_everything(7)
-    settings = {"max_epochs": 3, "accelerator": "cpu", "devices": int(os.environ["LOCAL_WORLD_SIZE"])}
+    device = os.environ.get("LIGHTNING_GEMINI_TEST_DEVICE", "cpu")
+    settings = {"max_epochs": 3, "accelerator": device, "devices": int(os.environ["LOCAL_WORLD_SIZE"])}
     settings |= {"num_nodes": int(os.environ["GROUP_WORLD_SIZE"]), "logger": False, "enable_progress_bar": False}
     settings |= {"enable_checkpointing": False, "enable_model_summary": False, "log_every_n_steps": 1}
     settings |= {"num_sanity_val_steps": 0, "default_root_dir": options.out, **options.trainer}

@@ -102,7 +102,8 @@ class StepLog(pl.Callback):
     def __init__(self, folder: Path | None, tokens: int, print_every: int) -> None:
         self.folder, self.tokens, self.print_every = folder, tokens, print_every
         self.node = int(os.environ.get("LIGHTNING_GEMINI_NODE", os.environ.get("GROUP_RANK", 0)))
-        self.last_step, self.loss = -1, 0.0
+        self.last_step = -1
+        self.losses: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A resumed run has its first steps behind it already."""
@@ -112,15 +113,19 @@ class StepLog(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Records the step, once for all the batches that it accumulates."""
-        self.loss += float(outputs["loss"])  # Lightning has divided it by the number of accumulated batches
+        self.losses.append(outputs["loss"].detach())  # Lightning has divided it by the number of accumulated batches
         step, rank = trainer.global_step, trainer.global_rank
         if step == self.last_step:
             return
-        if self.folder is not None:
-            self._append({"time": time.time(), "step": step, "loss": self.loss, "rank": rank})
-        if trainer.is_global_zero and step % self.print_every == 0:
-            print(f"step {step:6d}  loss {self.loss:.4f}", flush=True)
-        self.last_step, self.loss = step, 0.0
+        printed = trainer.is_global_zero and step % self.print_every == 0
+        if self.folder is not None or printed:
+            loss = sum(map(float, self.losses))  # waits for the device
+            if self.folder is not None:
+                self._append({"time": time.time(), "step": step, "loss": loss, "rank": rank})
+            if printed:
+                print(f"step {step:6d}  loss {loss:.4f}", flush=True)
+        self.last_step = step
+        self.losses.clear()
 
     def _append(self, record: dict[str, Any]) -> None:
         assert self.folder is not None

@@ -13,7 +13,9 @@ Model, data and optimizer are as they would be without this project; ``GeminiStr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 import os
 import time
 import warnings
@@ -119,7 +121,7 @@ class StepLog(pl.Callback):
             return
         printed = trainer.is_global_zero and step % self.print_every == 0
         if self.folder is not None or printed:
-            loss = sum(map(float, self.losses))  # waits for the device
+            loss = functools.reduce(operator.add, map(float, self.losses))  # waits for the device
             if self.folder is not None:
                 self._append({"time": time.time(), "step": step, "loss": loss, "rank": rank})
             if printed:

@@ -176,7 +176,9 @@ class JobState:
         self.slab = slab
         self.traffic = self._schedule_traffic(slab)
         self.exchange = self._exchange_with_peers(slab)
-        self._snapshotter = Snapshotter(self._notify, self._device, self.traffic.may_copy)
+        self._snapshotter = Snapshotter(
+            self._notify, self._device, self.traffic.may_copy, self.identity.nproc_per_machine
+        )
         self._snapshotter.prepare(slab.buffers)
         self._snapshotter.start()
         self._publisher = VersionPublisher(

@@ -169,14 +169,14 @@ class PeerExchange:
 
     def _receive(self, machine: int) -> None:
         try:
-            desk, sub_buffers = AgentDesk(self._memory.client.another()), make_sub_buffers(self._device)
-            try:
+            with contextlib.ExitStack() as stack:
+                desk = AgentDesk(self._memory.client.another())
+                stack.callback(desk.close)
+                sub_buffers = make_sub_buffers(self._device)
+                stack.callback(sub_buffers.close)
                 receiver = P2pReceiver(lambda: self._pair(machine, self._memory.identity.machine), desk, sub_buffers)
                 self._receiving[machine] = receiver
                 receiver.run()
-            finally:
-                sub_buffers.close()
-                desk.close()
         except Exception as error:  # the owner hears of it as well, and its agent takes over
             level = logging.DEBUG if isinstance(error, OSError) else logging.WARNING
             log.log(level, "no replicas come from machine %d over p2p any more: %s", machine, error, exc_info=True)

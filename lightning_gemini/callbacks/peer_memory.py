@@ -242,7 +242,8 @@ class PeerMemory:
             CapacityError: The machine has not enough memory; raised on every rank.
         """
         slabs: list[Slab] = []
-        together(self._group, lambda: slabs.append(self.client.attach(shard_bytes)))
+        of_machine = self.identity.nproc_per_machine * self.replicas
+        together(self._group, lambda: slabs.append(self.client.attach(shard_bytes, of_machine)))
         return slabs[0]
 
     def measure_link(self) -> LinkSpeed | None:

@@ -98,9 +98,9 @@ class AgentClient:
         """What the machine holds."""
         return self._request("report")
 
-    def attach(self, shard_bytes: int) -> Slab:
-        """Map this rank's slab, made for at least ``shard_bytes`` if it is new."""
-        patience_s = self._timeout_s + 2 * shard_bytes / _NEW_MEMORY_BYTES_PER_S
+    def attach(self, shard_bytes: int, slabs: int = 1) -> Slab:
+        """Map this rank's slab, made for ``shard_bytes`` or more if it is new; the last of ``slabs`` like it, maybe."""
+        patience_s = self._timeout_s + slabs * 2 * shard_bytes / _NEW_MEMORY_BYTES_PER_S
         slab = self._attach(patience_s, bytes=shard_bytes)
         assert slab is not None
         return slab
@@ -162,7 +162,7 @@ class AgentClient:
             "generation": sender_generation,
             "kept": None if kept is None else version_to_json(kept),
         }
-        reply, descriptors = self._exchange(message, self._timeout_s + data_bytes / _NEW_MEMORY_BYTES_PER_S)
+        reply, descriptors = self._exchange(message, self._timeout_s + 2 * data_bytes / _NEW_MEMORY_BYTES_PER_S)
         return None if reply["have"] else descriptors[0]
 
     def replica_end(self) -> None:

@@ -34,7 +34,7 @@ class PinnedMemory:
         self._refused: set[int] = set()
 
     def pin(self, memory: torch.Tensor) -> bool:
-        """Register memory, unless it is already; takes about a second for 4 GiB.
+        """Register memory, unless it is already; takes about a second for 10 GiB that are present.
 
         Args:
             memory: Host memory in one piece.
@@ -54,14 +54,11 @@ class PinnedMemory:
         return False
 
     def close(self, stream: torch.cuda.Stream) -> None:
-        """Let go of it all when a stream is through; idempotent. A device that hangs is given some seconds."""
+        """Let go of it all when a stream is through; idempotent. With a device that hangs or failed it stays mapped."""
         registered, self._registered = self._registered, {}
-        deadline = time.monotonic() + _CLOSE_S
-        while registered and not stream.query():
-            if time.monotonic() > deadline:
-                _abandoned.append(registered)
-                return
-            time.sleep(0.001)
+        if registered and not _is_through(stream):
+            _abandoned.append(registered)
+            return
         for address in registered:
             self._call(partial(torch.cuda.cudart().cudaHostUnregister, address))
 
@@ -77,3 +74,17 @@ class PinnedMemory:
         thread.start()
         thread.join()
         return found[0] if found else -1
+
+
+def _is_through(stream: torch.cuda.Stream) -> bool:
+    """Whether it is within some seconds."""
+    deadline = time.monotonic() + _CLOSE_S
+    try:
+        while not stream.query():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.001)
+    except RuntimeError as error:  # the device's, from any work before: whoever waits for that work is told
+        log.debug("the device failed: %s", error)
+        return False
+    return True

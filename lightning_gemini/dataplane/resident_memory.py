@@ -17,32 +17,37 @@ _PART_BYTES = 256 << 20
 _THREADS = 8
 
 
-def create(name: str, size_bytes: int) -> int:
-    """A new, empty ``memfd``; closed in processes that this one starts.
+def create(name: str, size_bytes: int) -> tuple[int, mmap.mmap]:
+    """A new ``memfd`` of zeros, closed in processes that this one starts; and its memory, as by :func:`map_whole`.
 
     Raises:
         CapacityError: The machine has not enough memory.
     """
     fd = os.memfd_create(name, os.MFD_CLOEXEC)
     try:
-        grow(fd, size_bytes)
+        return fd, grow(fd, size_bytes)
     except BaseException:
         os.close(fd)
         raise
-    return fd
 
 
-def grow(fd: int, size_bytes: int) -> None:
-    """Make it as large as that; whoever has mapped it must do so again.
+def grow(fd: int, size_bytes: int) -> mmap.mmap:
+    """Make it as large as that, and map it; who has mapped it already must do so again.
 
     Raises:
-        CapacityError: The machine has not enough memory.
+        CapacityError: The machine has not enough memory; it is as large as before.
     """
-    require_free(size_bytes - os.fstat(fd).st_size)  # the kernel would kill a process rather than refuse
+    before = os.fstat(fd).st_size
+    require_free(size_bytes - before)  # the kernel would kill a process rather than refuse
     try:
         os.ftruncate(fd, size_bytes)
     except OSError as error:
         raise _refused(size_bytes, error) from error
+    try:
+        return map_whole(fd)
+    except BaseException:
+        os.ftruncate(fd, before)
+        raise
 
 
 def map_whole(fd: int) -> mmap.mmap:
@@ -53,12 +58,13 @@ def map_whole(fd: int) -> mmap.mmap:
     """
     size_bytes = os.fstat(fd).st_size
     mapping = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED)
-    if not _populate(mapping):
-        try:
-            os.posix_fallocate(fd, 0, size_bytes)
-        except OSError as error:
-            raise _refused(size_bytes, error) from error
-    return mapping
+    if _populate(mapping):
+        return mapping
+    try:
+        os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as error:
+        raise _refused(size_bytes, error) from error
+    return mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
 
 
 def _populate(mapping: mmap.mmap) -> bool:

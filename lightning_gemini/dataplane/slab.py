@@ -16,6 +16,7 @@ checksums.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 
@@ -51,11 +52,12 @@ class Buffer:
 
     Args:
         fd: A ``memfd`` made by :meth:`create`; owned by this object afterwards.
+        mapping: Its memory, if it is mapped already.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, mapping: mmap.mmap | None = None) -> None:
         self.fd = fd
-        self._map()
+        self._use(mapping or resident_memory.map_whole(fd))
 
     @classmethod
     def create(cls, owner: int, data_bytes: int) -> Buffer:
@@ -64,19 +66,14 @@ class Buffer:
         Raises:
             CapacityError: The machine has not enough memory.
         """
-        fd = resident_memory.create(f"lightning-gemini-{owner}", HEADER_BYTES + data_bytes)
-        try:
-            buffer = cls(fd)
-        except BaseException:
-            os.close(fd)
-            raise
+        buffer = cls(*resident_memory.create(f"lightning-gemini-{owner}", HEADER_BYTES + data_bytes))
         buffer._words[Word.MAGIC] = header.MAGIC
         header.write_owner(buffer._words, owner)
         return buffer
 
-    def _map(self) -> None:
-        self._mapping = resident_memory.map_whole(self.fd)
-        view = memoryview(self._mapping)
+    def _use(self, mapping: mmap.mmap) -> None:
+        self._mapping = mapping
+        view = memoryview(mapping)
         self._words = view[:_TABLE_OFFSET].cast("Q")
         self._table = view[_TABLE_OFFSET : _TABLE_OFFSET + 8 * CHUNK_SLOTS].cast("Q")
         self.data = view[HEADER_BYTES:]
@@ -207,8 +204,9 @@ class Buffer:
         self.drop()
         if not self.fits(data_bytes):
             if os.fstat(self.fd).st_size < HEADER_BYTES + data_bytes:
-                resident_memory.grow(self.fd, HEADER_BYTES + data_bytes + data_bytes // 8)
-            self.remap()
+                self._use(resident_memory.grow(self.fd, HEADER_BYTES + data_bytes + data_bytes // 8))
+            else:
+                self.remap()
         words = self._words
         words[Word.CHUNKS_READY] = 0
         header.write_identity(words, version, data_bytes, chunk_bytes_for(data_bytes))
@@ -281,7 +279,7 @@ class Buffer:
 
     def remap(self) -> None:
         """Map the memory anew after another process has grown it."""
-        self._map()
+        self._use(resident_memory.map_whole(self.fd))
 
 
 class Slab:

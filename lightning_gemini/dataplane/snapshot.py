@@ -24,8 +24,9 @@ from lightning_gemini.dataplane.slab import Buffer
 log = logging.getLogger(__name__)
 
 _GATE_S = 0.004
-_DEVICE_PIECE_BYTES = 32 << 20  # 0.6 ms over PCIe 5: much longer than it takes to start its successor
-_PIECES_UNDER_WAY = 2  # DeepSpeed waits for the whole device several times an iteration, and so for what is queued
+_PIECE_BYTES = 4 << 20
+_DEVICE_PIECE_BYTES = 128 << 20  # 2.4 ms over PCIe 5; each takes the interpreter's lock away from training some times
+_PIECES_UNDER_WAY = 2  # DeepSpeed waits for the whole device now and then, and so for what is queued
 _HASHING_THREADS = 4  # one takes checksums at 8 GB/s, and a device writes at 50
 
 
@@ -110,10 +111,15 @@ class Snapshotter:
         device: The training device; a CUDA device copies on a stream of its own, and threads take checksums meanwhile.
         gate: Asked on this thread before each piece whether it may be copied now; while it says no the copy waits, but
             never longer than until training does. ``None`` copies at once.
+        sharers: Ranks that share the machine's processors.
     """
 
     def __init__(
-        self, notify: Callable[[], None], device: torch.device, gate: Callable[[], bool] | None = None
+        self,
+        notify: Callable[[], None],
+        device: torch.device,
+        gate: Callable[[], bool] | None = None,
+        sharers: int = 1,
     ) -> None:
         self._notify, self._gate, self._device = notify, gate, device
         self._stream: torch.cuda.Stream | None = None
@@ -123,7 +129,7 @@ class Snapshotter:
             # Of high priority only because torch lends streams of the other kind to NCCL's callbacks as well.
             self._stream = torch.cuda.Stream(device, priority=-1)
             self._pinned = PinnedMemory(device)
-            self._hashing = ThreadPoolExecutor(_hashing_threads(), "gemini-checksum")
+            self._hashing = ThreadPoolExecutor(_hashing_threads(sharers), "gemini-checksum")
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._changed = threading.Condition()
         self._deferred: deque[Callable[[], None]] = deque()
@@ -233,11 +239,11 @@ class Snapshotter:
     def _copy_tensors(self, snapshot: Snapshot, layout: Layout, buffer: Buffer, sealing: _Sealing) -> None:
         target = torch.frombuffer(buffer.data, dtype=torch.uint8)
         for slot in layout.slots:
-            piece_bytes = buffer.chunk_bytes
+            piece_bytes = min(buffer.chunk_bytes, _PIECE_BYTES)
             if slot.tensor.is_cuda:
                 # Clones of volatile state were made on the training stream and must outlive the copy.
                 slot.tensor.record_stream(torch.cuda.current_stream())
-                piece_bytes = max(piece_bytes, _DEVICE_PIECE_BYTES)
+                piece_bytes = _DEVICE_PIECE_BYTES
             for source, begin, end in _pieces(slot, piece_bytes):
                 self._wait_for_gate(snapshot)
                 sealing.written(end, _copy_piece(target[begin:end], source))
@@ -283,6 +289,10 @@ class _Sealing:
                     break
                 event.synchronize()
             self._hash(self._written.popleft()[0])
+            self._seal_what_is_hashed()
+        self._seal_what_is_hashed()
+
+    def _seal_what_is_hashed(self) -> None:
         while self._hashed and self._hashed[0].done():
             self._seal(self._hashed.popleft().result())
 
@@ -307,8 +317,8 @@ class _Sealing:
             self._buffer.seal_chunk(self._buffer.chunks_ready, checksum)
 
 
-def _hashing_threads() -> int:
-    return max(1, min(_HASHING_THREADS, len(os.sched_getaffinity(0)) // 2))
+def _hashing_threads(sharers: int) -> int:
+    return max(1, min(_HASHING_THREADS, len(os.sched_getaffinity(0)) // sharers // 2))
 
 
 def _copy_piece(target: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event | None:

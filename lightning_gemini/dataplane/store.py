@@ -6,7 +6,7 @@ import collections
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from lightning_gemini.core.consistency import replica_place, retrieval_place, superseded
 from lightning_gemini.core.placement import Placement, plan_placement
@@ -29,6 +29,7 @@ class ShardStore:
         self.machine = machine
         self._lock = threading.RLock()
         self._making = threading.Lock()  # taken before the other one
+        self._job = 0  # another number when all slabs are freed, or others will be needed
         self._slabs: dict[int, Slab] = {}
         self._writers: dict[int, threading.Lock] = collections.defaultdict(threading.Lock)
         self.generation = 0
@@ -55,6 +56,7 @@ class ShardStore:
                     f"{machines} x {nproc_per_machine}: start it with the same shape, or run "
                     "'lightning-gemini stop --agents' to discard what memory holds"
                 )
+            self._job += (self.machines, self.nproc_per_machine) != (machines, nproc_per_machine)
             self._left_behind = self._left_behind and generation <= self.generation
             self.generation = max(self.generation, generation)
             self.machines, self.nproc_per_machine = machines, nproc_per_machine
@@ -80,21 +82,30 @@ class ShardStore:
         Raises:
             CapacityError: The machine has not enough memory for it and for the replicas that will come.
         """
-        with self._making:
-            slab = self.slab(owner)
-            if slab is None:
-                require_memory(
-                    shard_bytes, self.replicas or 1, self.nproc_per_machine or 1, already_bytes=self.total_bytes
-                )
-                slab = self._make(owner, shard_bytes)
-            return slab
+        replicas, ranks = self.replicas or 1, self.nproc_per_machine or 1
+        return self.slab(owner) or self._make(
+            owner, shard_bytes, lambda: require_memory(shard_bytes, replicas, ranks, already_bytes=self.total_bytes)
+        )
 
-    def _make(self, owner: int, data_bytes: int) -> Slab:
-        """A large slab takes seconds, in which nobody waits who needs no new one."""
-        slab = Slab.create(owner, data_bytes)
-        with self._lock:
-            self._slabs[owner] = slab
-        return slab
+    def _make(self, owner: int, data_bytes: int, require: Callable[[], None] = lambda: None) -> Slab:
+        """The slab of an owner that had none; a large one takes seconds, in which nobody waits who needs no new one.
+
+        Raises:
+            ProtocolError: Meanwhile memory was freed, or became that of a job of another shape.
+        """
+        with self._making:
+            with self._lock:
+                job, known = self._job, self._slabs.get(owner)
+            if known is not None:
+                return known
+            require()
+            slab = Slab.create(owner, data_bytes)
+            with self._lock:
+                if self._job == job:
+                    self._slabs[owner] = slab
+                    return slab
+        slab.close()
+        raise ProtocolError(f"wants no memory for rank {owner} any more")
 
     def slab(self, owner: int) -> Slab | None:
         """The slab of this owner, if there is one."""
@@ -204,8 +215,10 @@ class ShardStore:
 
     def retrieval_target(self, owner: int, version: VersionId, data_bytes: int) -> Buffer:
         """The buffer that a shard fetched from a peer goes to."""
-        slab = self._slab_for(owner, data_bytes)
+        generation, slab = self.generation, self._slab_for(owner, data_bytes)
         with self._lock:
+            if self.generation != generation:
+                raise ProtocolError(f"is in generation {self.generation}, the retrieval in {generation}")
             for buffer in slab.buffers:
                 if buffer.id == version and buffer.state is not BufferState.COMPLETE:
                     return buffer
@@ -215,8 +228,7 @@ class ShardStore:
             return slab.buffers[index]
 
     def _slab_for(self, owner: int, data_bytes: int) -> Slab:
-        with self._making:
-            return self.slab(owner) or self._make(owner, data_bytes)
+        return self.slab(owner) or self._make(owner, data_bytes)
 
     def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
         """See :class:`~lightning_gemini.dataplane.transport.reception.ShardHost`."""
@@ -254,6 +266,7 @@ class ShardStore:
         """Free all memory."""
         with self._lock:
             slabs, self._slabs = list(self._slabs.values()), {}
+            self._job += 1
         for slab in slabs:
             slab.close()
 

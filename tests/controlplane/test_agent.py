@@ -304,9 +304,10 @@ def test_a_worker_waits_for_large_memory(alone: MachineAgent, monkeypatch: pytes
 
     monkeypatch.setattr(Slab, "create", slow_create)
     monkeypatch.setattr(agent_client, "_NEW_MEMORY_BYTES_PER_S", 1000)
-    with AgentClient(alone.settings.socket_path, JOB, timeout_s=0.2) as client:
+    with AgentClient(alone.settings.socket_path, JOB) as client:
         client.set_peers(1, 2, [("127.0.0.1", 1)])
         client.join(0, 1, "group")
+        client._timeout_s = 0.2
         slab = client.attach(10_000)
         assert len(slab.buffers[0].data) == 10_000
         slab.close()

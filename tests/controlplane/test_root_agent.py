@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -62,20 +63,22 @@ def test_a_generation_is_announced_only_by_the_root_whose_order_is_stored(
         root.campaign()
         return session, root
 
-    lease = store.grant(60)
-    assert Registration(store, keys.member(0), member(0)).register(lease)
-    shy = ShyStore(etcd.endpoint)
-    session, root = agent(shy, "first")
-    until(lambda: store.get(keys.order))
-    store.put(keys.report(0), answer_to_json(report(0, 1)), lease)
-    assert shy.asked.wait(10)
-    root.close()  # it is told that its slot is another's while it insists on its order
-    session.close()
-    shy.close()
-    assert started() == []
-    session, root = agent(store, "second")
-    until(started)
-    root.close()
-    session.close()
-    store.revoke(lease)
+    lease, shy = store.grant(60), ShyStore(etcd.endpoint)
+    with contextlib.ExitStack() as stack:
+        for undo in (shy.close, lambda: store.revoke(lease)):
+            stack.callback(undo)
+        assert Registration(store, keys.member(0), member(0)).register(lease)
+        session, root = agent(shy, "first")
+        stack.callback(session.close)
+        stack.callback(root.close)
+        until(lambda: store.get(keys.order))
+        store.put(keys.report(0), answer_to_json(report(0, 1)), lease)
+        assert shy.asked.wait(10)
+        root.close()  # it is told that its slot is another's while it insists on its order
+        session.close()
+        assert started() == []
+        session, root = agent(store, "second")
+        stack.callback(session.close)
+        stack.callback(root.close)
+        until(started)
     assert started() == [1]

@@ -10,6 +10,7 @@ import torch
 
 from lightning_gemini.core.recovery import VersionId
 from lightning_gemini.dataplane import shard
+from lightning_gemini.dataplane import snapshot as snapshot_module
 from lightning_gemini.dataplane.shard import Draft, Planner
 from lightning_gemini.dataplane.slab import Buffer, Slab
 from lightning_gemini.dataplane.snapshot import Snapshot, Snapshotter
@@ -61,7 +62,10 @@ def on_host(state: Any) -> Any:
     return [on_host(part) for part in state] if isinstance(state, list) else state
 
 
-def test_tensors_of_every_kind_arrive_whole(snapshotter: Snapshotter, slab: Slab, device: torch.device) -> None:
+def test_tensors_of_every_kind_arrive_whole(
+    snapshotter: Snapshotter, slab: Slab, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(snapshot_module, "_DEVICE_PIECE_BYTES", 3 * MIB + 4)
     stable = {
         "large": torch.randn(5 * MIB + 3, device=device),  # several pieces, none of which ends with a chunk
         "half": torch.randn(MIB + 1, device=device).bfloat16(),

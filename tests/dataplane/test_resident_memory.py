@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import resource
@@ -19,7 +20,8 @@ SIZE = 37 * PAGE + 5
 
 @pytest.fixture
 def fd() -> Iterator[int]:
-    made = resident_memory.create("a-test", SIZE)
+    made, mapping = resident_memory.create("a-test", SIZE)
+    assert all(present(mapping))
     yield made
     os.close(made)
 
@@ -34,8 +36,11 @@ def present(mapping: mmap.mmap) -> list[bool]:
     return [bool(page & 1) for page in found]
 
 
-def test_nothing_is_there_until_it_is_mapped(fd: int) -> None:
-    assert not any(present(mmap.mmap(fd, SIZE, flags=mmap.MAP_SHARED))), "this kernel cannot tell"
+def test_what_nobody_has_used_is_not_there() -> None:
+    fd = os.memfd_create("a-test")
+    os.ftruncate(fd, SIZE)
+    assert not any(present(mmap.mmap(fd, SIZE, flags=mmap.MAP_SHARED))), "this kernel cannot tell what is there"
+    os.close(fd)
 
 
 @pytest.mark.parametrize("part_bytes", [PAGE, 5 * PAGE, 64 * PAGE])
@@ -50,17 +55,27 @@ def test_every_page_is_there_once_it_is_mapped(fd: int, part_bytes: int, monkeyp
 
 def test_what_grew_keeps_its_bytes(fd: int) -> None:
     resident_memory.map_whole(fd)[-5:] = b"hello"
-    resident_memory.grow(fd, 2 * SIZE)
-    mapping = resident_memory.map_whole(fd)
+    mapping = resident_memory.grow(fd, 2 * SIZE)
     assert mapping[SIZE - 5 : SIZE + 5] == b"hello" + bytes(5)
     assert all(present(mapping))
 
 
 def test_a_kernel_without_the_call_makes_room_in_another_way(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resident_memory, "_madvise", lambda: lambda *_: -1)
-    mapping = resident_memory.map_whole(fd)
-    assert os.fstat(fd).st_blocks * 512 >= SIZE
+    mapping = resident_memory.grow(fd, 2 * SIZE)
+    assert all(present(mapping))
     mapping[:5] = b"hello"
+
+
+def test_memory_that_could_not_grow_is_as_large_as_before(fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr(resident_memory, "_madvise", lambda: lambda *_: -1)
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(CapacityError, match="Cannot allocate memory"):
+        resident_memory.grow(fd, 2 * SIZE)
+    assert os.fstat(fd).st_size == SIZE, "the next attempt looks again at what is free"
 
 
 def test_a_limit_of_the_kernel_is_said(fd: int) -> None:

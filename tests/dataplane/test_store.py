@@ -44,36 +44,88 @@ def take_in(store: ShardStore, number: int, *, kept: VersionId | None = None, ge
 # -- memory ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda store: store.own(MINE, 1000),
-        lambda store: store.replica_target(THEIRS, version(1), 1000, 1),
-        lambda store: store.retrieval_target(THEIRS, version(1), 1000),
-    ],
-    ids=["own", "replica", "retrieval"],
-)
-def test_nobody_waits_for_memory_that_is_being_made(
-    store: ShardStore, make: Callable[[ShardStore], object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Gigabytes take seconds, in which the root may ask what is here."""
-    began, go_on, create = threading.Event(), threading.Event(), Slab.create
+class SlowMaker:
+    """Makes slabs when it is told to."""
 
-    def slow_create(owner: int, data_bytes: int) -> Slab:
-        began.set()
-        assert go_on.wait(20)
-        return create(owner, data_bytes)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began, self.go_on, self.made = threading.Event(), threading.Event(), 0
+        create = Slab.create
 
-    monkeypatch.setattr(Slab, "create", slow_create)
+        def slow_create(owner: int, data_bytes: int) -> Slab:
+            self.began.set()
+            assert self.go_on.wait(20)
+            self.made += 1
+            return create(owner, data_bytes)
+
+        monkeypatch.setattr(Slab, "create", slow_create)
+
+
+MAKERS: dict[str, Callable[[ShardStore], object]] = {
+    "own": lambda store: store.own(MINE, 1000),
+    "replica": lambda store: store.replica_target(THEIRS, version(1), 1000, 1),
+    "retrieval": lambda store: store.retrieval_target(THEIRS, version(1), 1000),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_nobody_waits_for_the_memory_of_another(store: ShardStore, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gigabytes take seconds, in which the root may ask what is here, and training goes on."""
+    if name == "own":
+        take_in(store, 7)
+    else:
+        store.own(MINE, 1000)
+    maker = SlowMaker(monkeypatch)
     with ThreadPoolExecutor(2) as pool:
-        made = [pool.submit(make, store) for _ in range(2)]
-        assert began.wait(20)
-        assert store.inventory().holdings == ()
-        assert store.slabs() == []
-        go_on.set()
+        made = [pool.submit(MAKERS[name], store) for _ in range(2)]
+        try:
+            assert maker.began.wait(20)
+            assert len(store.slabs()) == 1
+            if name == "own":
+                assert take_in(store, 8) is not None
+                assert [holding.id for holding in store.inventory().holdings] == [version(7), version(8)]
+            else:
+                assert store.own(MINE, 1000) is store.slab(MINE)
+        finally:
+            maker.go_on.set()
         for one in made:
             one.result(20)
-    assert len(store.slabs()) == 1, "both asked for the same one"
+    assert maker.made == 1, "both asked for the same one"
+    assert len(store.slabs()) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "left"), [(lambda store: store.clear(), 0), (lambda store: store.enter_generation(2, 3, 1), 0)]
+)
+@pytest.mark.parametrize("name", MAKERS)
+def test_memory_that_nobody_wants_any_more_is_freed(
+    store: ShardStore, name: str, change: Callable[[ShardStore], None], left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = SlowMaker(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(MAKERS[name], store)
+        try:
+            assert maker.began.wait(20)
+            change(store)
+        finally:
+            maker.go_on.set()
+        with pytest.raises(ProtocolError, match="wants no memory for rank"):
+            made.result(20)
+    assert len(store.slabs()) == left
+
+
+def test_a_retrieval_whose_generation_ended_meanwhile_gets_no_buffer(
+    store: ShardStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = SlowMaker(monkeypatch)
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(MAKERS["retrieval"], store)
+        try:
+            assert maker.began.wait(20)
+            store.enter_generation(2, 2, 1)
+        finally:
+            maker.go_on.set()
+        with pytest.raises(ProtocolError, match="is in generation 2, the retrieval in 1"):
+            made.result(20)
 
 
 # -- replicas ----------------------------------------------------------------------------------------------------------

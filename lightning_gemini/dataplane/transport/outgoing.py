@@ -15,7 +15,8 @@ from lightning_gemini.dataplane.pacer import Underway
 from lightning_gemini.dataplane.slab import Buffer
 from lightning_gemini.dataplane.wire import MAX_CHUNK_BYTES, Frame
 
-_GROWING_S = 0.005  # longer than a writer takes from one chunk to the next, but for one that waits for the network
+# Longer than a writer takes from one chunk to the next, but for one that waits for the network.
+_GROWING_S, _GROWING_BYTES_PER_S = 0.005, 2e9
 
 
 def chunks_ended(buffer: Buffer, end_byte: int) -> int:
@@ -81,5 +82,6 @@ class Outgoing:
             return min(ready - self.offset, self.piece_bytes)
         if ready != self.ready:
             self.ready, self.grew = ready, time.monotonic()
-        growing = ready < self.data_bytes and time.monotonic() - self.grew < _GROWING_S
+        patience_s = _GROWING_S + self.buffer.chunk_bytes / _GROWING_BYTES_PER_S
+        growing = ready < self.data_bytes and time.monotonic() - self.grew < patience_s
         return 0 if growing else min(ready - self.offset, MAX_CHUNK_BYTES)  # the one piece of a span is to be large

@@ -33,7 +33,7 @@ __all__ = ["CHUNK_SLOTS", "HEADER_BYTES", "Buffer", "BufferState", "Slab", "chun
 
 HEADER_BYTES = 96 * 1024
 MIN_CHUNK_BYTES = 1 << 20
-_FEW_CHUNKS, _LARGE_CHUNK_BYTES = 512, 64 << 20  # between two checksums a thread of a worker is in training's way
+_FEW_CHUNKS, _LARGE_CHUNK_BYTES = 128, 64 << 20  # between two checksums a thread of a worker is in training's way
 _TABLE_OFFSET = 4096
 _PACE_OFFSET = _TABLE_OFFSET + 8 * CHUNK_SLOTS
 _ACKED = Record(Word.ACKED, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _MOST_ITERATIONS = 1000
 _CHUNK_S = 0.008
+_HALVINGS, _SLACK = 5, 1.25  # spans differ from one iteration to the next
+_LEAST_PART = 0.4  # a sender must find what may be used of a span
 _LEAST_CHUNK_BYTES, _MOST_CHUNK_BYTES = 16 << 10, 32 << 20
 
 
@@ -33,6 +36,7 @@ class Plan:
         chunking: How it is cut.
         link: How fast it travels.
         shard_bytes: How large it is.
+        safety: Part of every idle span that is used.
     """
 
     profile: IdleProfile
@@ -40,6 +44,7 @@ class Plan:
     chunking: Chunking
     link: LinkSpeed
     shard_bytes: int
+    safety: float
 
 
 class Planner:
@@ -56,25 +61,29 @@ class Planner:
     def plan(self, scheme: Scheme, profile: IdleProfile, link: LinkSpeed, shard_bytes: int) -> Plan | None:
         """A plan for one of the paced schemes; ``None``, and a warning, where none can be made."""
         cut = self._cut(scheme, link, shard_bytes)
-        try:
+
+        def planned(safety: float, limit: int) -> Plan:
             cadence = choose_every(
                 profile.means_s,
                 profile.deadline,
                 profile.iteration_s,
                 shard_bytes,
                 budget=self._config.overhead_budget,
-                limit=_MOST_ITERATIONS,
+                limit=limit,
                 replicas=self._replicas,
                 bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
                 startup_s=link.startup_s,
                 buffer_bytes=cut.window_bytes,
                 sub_buffers=cut.sub_buffers,
-                safety=self._config.safety,
+                safety=safety,
             )
+            return Plan(profile, cadence, cut, link, shard_bytes, safety)
+
+        try:
+            return _sparing(planned, self._config.safety)
         except GeminiError as error:
             log.warning("cannot schedule checkpoint traffic: %s", error)
             return None
-        return Plan(profile, cadence, cut, link, shard_bytes)
 
     def apply(self, page: PacePage, scheme: Scheme, plan: Plan | None) -> None:
         """Tell whoever sends what to do from now on; without a plan everything goes at once."""
@@ -83,14 +92,14 @@ class Planner:
             return
         cut = self._cut(scheme, plan.link, plan.shard_bytes)
         page.set_plan(
-            [self._config.safety * mean_s for mean_s in plan.profile.means_s],
+            [plan.safety * mean_s for mean_s in plan.profile.means_s],
             bandwidth_bytes_per_s=plan.link.bandwidth_bytes_per_s,
             startup_s=plan.link.startup_s,
             chunk_bytes=cut.chunk_bytes,
             window_bytes=cut.window_bytes,
             one_chunk=cut.one_chunk,
             iteration_s=plan.profile.iteration_s,
-            lead=(1 / self._config.safety - 1) / 2,  # what is not used lies half before and half behind
+            lead=(1 / plan.safety - 1) / 2,  # what is not used lies half before and half behind
             periods_s=plan.profile.periods_s,
         )
         page.set_pace(Pace.PACED)
@@ -105,6 +114,23 @@ class Planner:
             return P2P_BUFFER_BYTES
         chunk_bytes = int(link.bandwidth_bytes_per_s * _CHUNK_S)
         return self._config.sub_buffers * min(max(chunk_bytes, _LEAST_CHUNK_BYTES), _MOST_CHUNK_BYTES)
+
+
+def _sparing(planned: Callable[[float, int], Plan], most: float) -> Plan:
+    """The plan that uses ``most`` of every span; or one that fits as well in less of it, in the middle of all spans.
+
+    Collectives do not begin and end at the same moment on all ranks, so the middle is where nobody is disturbed.
+    """
+    best, low = planned(most, _MOST_ITERATIONS), min(most, _LEAST_PART) / _SLACK
+    if best.cadence.overhead > 0.0:
+        return best
+    every, high = best.cadence.every, most
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        found = planned(middle, every).cadence
+        low, high = (middle, high) if found.overhead > 0.0 else (low, middle)
+    spared = planned(min(most, high * _SLACK), every)
+    return best if spared.cadence.overhead > 0.0 else spared
 
 
 def figures(plan: Plan) -> dict[str, Any]:

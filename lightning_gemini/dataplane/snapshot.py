@@ -225,7 +225,9 @@ class Snapshotter:
         buffer.data[: len(head)] = head
         sealing = _Sealing(buffer, self._hashing)
         self.prepare([buffer])
-        self._wait_for_device(snapshot)
+        if snapshot.device_ready is not None:
+            # Nothing is queued that the device will do later: whoever waits for the device would wait for it, too.
+            _wait_unless_hurried(snapshot, snapshot.device_ready.query)
         self._copy_tensors(snapshot, layout, buffer, sealing)
         if self._stream is not None:
             snapshot.device_done = torch.cuda.Event()
@@ -245,21 +247,11 @@ class Snapshotter:
                 slot.tensor.record_stream(torch.cuda.current_stream())
                 piece_bytes = _DEVICE_PIECE_BYTES
             for source, begin, end in _pieces(slot, piece_bytes):
-                self._wait_for_gate(snapshot)
+                if self._gate is not None:
+                    _wait_unless_hurried(snapshot, self._gate)
                 sealing.written(end, _copy_piece(target[begin:end], source))
                 if not snapshot.hurried:  # training waits neither for checksums nor for room
                     sealing.advance(_PIECES_UNDER_WAY - 1)
-
-    def _wait_for_device(self, snapshot: Snapshot) -> None:
-        """Queue nothing that the device will do later: whoever waits for the device would wait for it, too."""
-        if snapshot.device_ready is not None:
-            while not snapshot.hurried and not snapshot.device_ready.query():
-                snapshot.wait_for_hurry(_GATE_S)
-
-    def _wait_for_gate(self, snapshot: Snapshot) -> None:
-        if self._gate is not None:
-            while not snapshot.hurried and not self._gate():
-                snapshot.wait_for_hurry(_GATE_S)
 
 
 class _Sealing:
@@ -315,6 +307,11 @@ class _Sealing:
     def _seal(self, checksums: list[int]) -> None:
         for checksum in checksums:
             self._buffer.seal_chunk(self._buffer.chunks_ready, checksum)
+
+
+def _wait_unless_hurried(snapshot: Snapshot, condition: Callable[[], bool]) -> None:
+    while not snapshot.hurried and not condition():
+        snapshot.wait_for_hurry(_GATE_S)
 
 
 def _hashing_threads(sharers: int) -> int:

@@ -83,11 +83,15 @@ class ShardStore:
             CapacityError: The machine has not enough memory for it and for the replicas that will come.
         """
         replicas, ranks = self.replicas or 1, self.nproc_per_machine or 1
-        return self.slab(owner) or self._make(
+        return self._slab_for(
             owner, shard_bytes, lambda: require_memory(shard_bytes, replicas, ranks, already_bytes=self.total_bytes)
         )
 
-    def _make(self, owner: int, data_bytes: int, require: Callable[[], None] = lambda: None) -> Slab:
+    def _slab_for(self, owner: int, data_bytes: int, require: Callable[[], None] = lambda: None) -> Slab:
+        """The owner's slab; ``require`` raises where none may be made for it."""
+        return self.slab(owner) or self._make(owner, data_bytes, require)
+
+    def _make(self, owner: int, data_bytes: int, require: Callable[[], None]) -> Slab:
         """The slab of an owner that had none; a large one takes seconds, in which nobody waits who needs no new one.
 
         Raises:
@@ -171,13 +175,15 @@ class ShardStore:
         kept: VersionId | None = None,
     ) -> Buffer | None:
         """See :class:`~lightning_gemini.dataplane.transport.reception.ShardHost`. The buffer is begun."""
+
+        def require() -> None:
+            with self._lock:
+                self._require_hosted(owner, sender_generation)
+                self._require_wanted(owner, version)
+
+        slab = self._slab_for(owner, data_bytes, require)
         with self._lock:
-            self._require_hosted(owner, sender_generation)
-            self._require_wanted(owner, version)
-        slab = self._slab_for(owner, data_bytes)
-        with self._lock:
-            self._require_hosted(owner, sender_generation)
-            self._require_wanted(owner, version)
+            require()
             if slab.holding(version) is not None:
                 return None
             known = [kept, self.committed]  # the owner may be a new machine, which knows nothing
@@ -226,9 +232,6 @@ class ShardStore:
             if index is None:
                 raise ProtocolError(f"no buffer of rank {owner} may be overwritten yet")
             return slab.buffers[index]
-
-    def _slab_for(self, owner: int, data_bytes: int) -> Slab:
-        return self.slab(owner) or self._make(owner, data_bytes)
 
     def complete_buffer(self, owner: int, version: VersionId) -> Buffer | None:
         """See :class:`~lightning_gemini.dataplane.transport.reception.ShardHost`."""

@@ -26,7 +26,7 @@ import gpt2
 import hydra
 import lightning.pytorch as pl
 import torch
-from measured import HIGH, LOW, overhead, quantile
+from measured import row as measured_row
 from omegaconf import DictConfig
 from settings import conf_dir
 from turns import Turn, take_turns
@@ -136,19 +136,8 @@ def rows(measurement: Measurement, seed: int) -> list[dict[str, Any]]:
 
 
 def _row(scheme: str, rounds: Any, rates: list[float], measurement: Measurement, seed: int) -> dict[str, Any]:
-    seconds = [value for block in rounds[scheme].values() for value in block]
-    middle, low, high = overhead(rounds[scheme], rounds[NONE], seed)
-    found = {
-        "scheme": scheme,
-        "iterations": len(seconds),
-        "iteration_s_median": statistics.median(seconds),
-        "iteration_s_low": quantile(seconds, LOW),
-        "iteration_s_high": quantile(seconds, HIGH),
-        "overhead": middle,
-        "overhead_low": low,
-        "overhead_high": high,
-        "copy_bytes_per_s": statistics.median(rates) if rates else None,
-    }
+    found = measured_row(scheme, rounds[scheme], rounds[NONE], seed)
+    found["copy_bytes_per_s"] = statistics.median(rates) if rates else None
     if scheme == GEMINI:
         names = "stall_s", "wait_s", "copy_s", "bytes"
         found |= {name: statistics.median(version[name] for version in measurement.versions) for name in names}

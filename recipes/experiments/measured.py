@@ -52,7 +52,7 @@ def measured_rows(folder: Path, link_mbit: float, seed: int) -> list[dict[str, A
     }
     return [
         {
-            **_row(scheme, rounds, by_scheme[REFERENCE], seed),
+            **row(scheme, rounds, by_scheme[REFERENCE], seed),
             **shared,
             **_traffic(costs, versions[scheme]),
             "communication_s": _median(line["busy_s"] for line in traces if line["scheme"] == scheme),
@@ -85,7 +85,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
-def _row(scheme: str, rounds: Rounds, reference: Rounds, seed: int) -> dict[str, Any]:
+def row(scheme: str, rounds: Rounds, reference: Rounds, seed: int) -> dict[str, Any]:
+    """What iterations of a scheme took, and how much longer than those of the reference."""
     seconds = [value for block in rounds.values() for value in block]
     middle, low, high = overhead(rounds, reference, seed)
     return {

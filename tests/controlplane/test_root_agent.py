@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from lightning_gemini.controlplane.root_agent import RootAgent
 from lightning_gemini.controlplane.root_events import JobShape
 from lightning_gemini.controlplane.session import Session
 from tests.controlplane.root_world import member, report
+from tests.dataplane.waiting import wait_until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -37,13 +37,6 @@ class ShyStore(EtcdKeyValueStore):
             self.asked.set()
             raise StoreUnavailableError("the store is away")
         return super().put_guarded(key, value, guard, guard_revision)
-
-
-def until(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.01)
 
 
 def test_a_generation_is_announced_only_by_the_root_whose_order_is_stored(
@@ -71,7 +64,7 @@ def test_a_generation_is_announced_only_by_the_root_whose_order_is_stored(
         session, root = agent(shy, "first")
         stack.callback(session.close)
         stack.callback(root.close)
-        until(lambda: store.get(keys.order))
+        wait_until(lambda: store.get(keys.order), "the order to report")
         store.put(keys.report(0), answer_to_json(report(0, 1)), lease)
         assert shy.asked.wait(10)
         root.close()  # it is told that its slot is another's while it insists on its order
@@ -80,5 +73,5 @@ def test_a_generation_is_announced_only_by_the_root_whose_order_is_stored(
         session, root = agent(store, "second")
         stack.callback(session.close)
         stack.callback(root.close)
-        until(started)
+        wait_until(started, "the start")
     assert started() == [1]

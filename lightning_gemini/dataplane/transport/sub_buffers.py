@@ -101,10 +101,8 @@ class DeviceSubBuffers(SubBuffers):
         self._pinned = PinnedMemory(device)
 
     def _take(self, number: int, size_bytes: int) -> torch.Tensor:
-        with (
-            torch.cuda.device(self.device),
-            torch.cuda.stream(self._network),
-        ):  # what lay there may be in use until then
+        # On this stream, whose own memory no work of training's is still reading.
+        with torch.cuda.device(self.device), torch.cuda.stream(self._network):
             return super()._take(number, size_bytes)
 
     def send(self, pair: Pair, number: int, source: torch.Tensor) -> dist.Work:
